@@ -1,0 +1,42 @@
+"""Typed configuration: ``schema.py`` says what there is, ``loader.py`` reads it."""
+
+from apo_megatron.config.loader import dump_config, load_config
+from apo_megatron.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RewardConfig,
+    RLConfig,
+    RolloutConfig,
+    SFTConfig,
+    SupervisedDataConfig,
+    SupervisedTrainConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvalConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RLConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "SFTConfig",
+    "SupervisedDataConfig",
+    "SupervisedTrainConfig",
+    "TrainConfig",
+    "dump_config",
+    "load_config",
+]

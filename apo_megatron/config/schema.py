@@ -1,0 +1,354 @@
+"""Every setting, typed, documented once. Frozen: a run never changes its configuration.
+
+Defaults < YAML < ``section.field=value`` overrides (see ``loader.py``). Rules that span fields are
+named validators below; their messages name the fields, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, no silent type coercion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_numbers_are_floats(cls, values: Any) -> Any:
+        # YAML 1.1 reads 1e-6 as a string and 1 as an int; both are what a user means by a float.
+        if not isinstance(values, dict):
+            return values
+        return {k: _as_float(v) if _wants_float(cls, k) else v for k, v in values.items()}
+
+
+def _wants_float(section: type[BaseModel], name: str) -> bool:
+    info = section.model_fields.get(name)
+    return info is not None and (info.annotation is float or info.annotation == (float | None))
+
+
+def _as_float(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return float(value)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+class ModelConfig(Section):
+    """The policy: architecture and initial weights come from one Hugging Face directory."""
+
+    hf_path: str = Field(description="Directory (or hub id) with config.json, safetensors and tokenizer.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Parameter and compute dtype.")
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
+        "auto", description="Layer implementation; auto takes TransformerEngine on a GPU that has it."
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="Activations recomputed in backward: attention core, or whole layers."
+    )
+    make_vocab_size_divisible_by: PositiveInt = Field(
+        128, description="The vocabulary is padded to a multiple of this times tensor_parallel_size."
+    )
+
+
+class ParallelConfig(Section):
+    """How the ranks of one torchrun job are divided. Data parallel size is what remains."""
+
+    tensor_parallel_size: PositiveInt = Field(1, description="TP: ranks that share every layer.")
+    pipeline_parallel_size: PositiveInt = Field(1, description="PP: stages that share the layers.")
+    virtual_pipeline_parallel_size: PositiveInt | None = Field(
+        None, description="VPP: model chunks per stage (interleaved schedule); needs PP > 1."
+    )
+    context_parallel_size: PositiveInt = Field(1, description="CP: ranks that share one sequence.")
+    expert_parallel_size: PositiveInt = Field(1, description="EP: ranks that share the experts.")
+    sequence_parallel: bool = Field(False, description="SP: shard norms and dropout over TP; needs TP > 1.")
+    distributed_optimizer: bool = Field(True, description="Shard the optimizer state over data parallel.")
+    timeout_minutes: PositiveFloat = Field(30.0, description="Time-out of a collective.")
+
+    @model_validator(mode="after")
+    def sequence_parallel_needs_tensor_parallel(self) -> ParallelConfig:
+        if self.sequence_parallel and self.tensor_parallel_size == 1:
+            raise ValueError(
+                "sequence_parallel=true needs tensor_parallel_size > 1, found 1: "
+                "set sequence_parallel=false or raise tensor_parallel_size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def virtual_pipeline_needs_pipeline(self) -> ParallelConfig:
+        if self.virtual_pipeline_parallel_size not in (None, 1) and self.pipeline_parallel_size == 1:
+            raise ValueError(
+                f"virtual_pipeline_parallel_size={self.virtual_pipeline_parallel_size} needs "
+                "pipeline_parallel_size > 1, found 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def layouts_that_are_available(self) -> ParallelConfig:
+        for name in ("context_parallel_size", "expert_parallel_size"):
+            if getattr(self, name) != 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not available yet: set it to 1")
+        return self
+
+
+class DataConfig(Section):
+    """Training prompts: JSONL, one object a line."""
+
+    train_path: str = Field(description="JSONL file with one problem a line.")
+    prompt_field: str = Field("prompt", description="Column with the prompt text.")
+    prompts_per_step: PositiveInt = Field(64, description="Prompts of one step, over all ranks.")
+    max_prompt_length: PositiveInt = Field(1024, description="Longer prompts (tokens) are left out, counted.")
+    shuffle: bool = Field(True, description="Shuffle every epoch, from train.seed.")
+
+
+class RolloutConfig(Section):
+    """How samples are drawn during training. Its temperature is the T of every distribution."""
+
+    engine: Literal["embedded"] = Field("embedded", description="embedded: transformers in this process.")
+    group_size: PositiveInt = Field(16, description="G: samples per prompt.")
+    temperature: PositiveFloat = Field(1.0, description="T of sampling, of pi_theta, pi_old and pi_ref.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling mass.")
+    top_k: NonNegativeInt = Field(0, description="Sample among the k likeliest tokens; 0 = all.")
+    max_new_tokens: PositiveInt = Field(1024, description="Longest response in tokens.")
+    stop_token_ids: tuple[int, ...] = Field((), description="Stop tokens beside the tokenizer's EOS.")
+    max_batch_size: PositiveInt = Field(1024, description="Sequences decoded together by one rank.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("stop_token_ids"), list):
+            values = {**values, "stop_token_ids": tuple(values["stop_token_ids"])}
+        return values
+
+
+class RewardConfig(Section):
+    """What makes an answer right."""
+
+    name: Literal["countdown"] = Field("countdown", description="Reward from the registry.")
+
+
+class ObjectiveConfig(Section):
+    """The policy loss. Names as in the paper's release; formulas in docs/objective.md."""
+
+    loss_mode: Literal["apo_ratio", "vanilla"] = Field("apo_ratio", description="APO, or GRPO/PPO clip.")
+    advantage_estimator: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline"] = Field(
+        "grpo", description="How group rewards become advantages."
+    )
+    loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
+        "token-mean", description="How token losses become one number, over the whole mini-batch."
+    )
+    loss_aggregation_constant: PositiveInt | None = Field(
+        None, description="Divisor of seq-mean-token-sum-norm (Dr.GRPO: the longest response)."
+    )
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="Ratio clipped under 1 - clip_low.")
+    clip_high: PositiveFloat = Field(0.28, description="Ratio clipped over 1 + clip_high.")
+    dual_clip: float | None = Field(None, description="Bound of the loss at -A * dual_clip where A < 0.")
+    apo_push_coeff: PositiveFloat = Field(1.05, description="lambda: weight of the ratio where A < 0.")
+    apo_pull_coeff: NonNegativeFloat = Field(0.1, description="beta: weight of the anchor ratio where A < 0.")
+    apo_topk: PositiveInt = Field(8, description="K: size of the reference support.")
+    apo_exclude_sampled: bool = Field(True, description="Leave the sampled token out of the anchor support.")
+    support_telemetry: bool = Field(
+        True, description="Log anchor metrics for losses that do not need them (one reference pass)."
+    )
+    use_kl_loss: bool = Field(False, description="KL to the reference on all trained tokens.")
+    use_kl_loss_on_wrong: bool = Field(False, description="KL to the reference only where A < 0.")
+    kl_loss_coeff: NonNegativeFloat = Field(0.02, description="Weight of either KL loss.")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of that KL.")
+    entropy_coeff: NonNegativeFloat = Field(0.0, description="Weight of the entropy bonus.")
+
+    @model_validator(mode="after")
+    def wrong_tokens_must_not_start_clipped(self) -> ObjectiveConfig:
+        start = self.apo_push_coeff - self.apo_pull_coeff
+        low, high = 1 - self.clip_low, 1 + self.clip_high
+        if self.loss_mode == "apo_ratio" and not low < start < high:
+            raise ValueError(
+                f"apo_push_coeff - apo_pull_coeff = {start:.4g} lies outside the clip range "
+                f"({low:.4g}, {high:.4g}) given by clip_low and clip_high: every wrong token would start "
+                "clipped, without a gradient. Lower apo_pull_coeff or widen the clip range"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def dual_clip_is_above_the_clip_range(self) -> ObjectiveConfig:
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
+            raise ValueError(
+                f"dual_clip={self.dual_clip} must be above 1 + clip_high = {1 + self.clip_high:.4g}, or null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def one_kl_loss_at_most(self) -> ObjectiveConfig:
+        if self.use_kl_loss and self.use_kl_loss_on_wrong:
+            raise ValueError("use_kl_loss and use_kl_loss_on_wrong are both true: choose one")
+        return self
+
+    @model_validator(mode="after")
+    def constant_goes_with_its_aggregation(self) -> ObjectiveConfig:
+        wanted = self.loss_aggregation == "seq-mean-token-sum-norm"
+        if wanted != (self.loss_aggregation_constant is not None):
+            raise ValueError(
+                f"loss_aggregation={self.loss_aggregation} with loss_aggregation_constant="
+                f"{self.loss_aggregation_constant}: the constant is needed by seq-mean-token-sum-norm and by "
+                "no other"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW with Megatron's parameter scheduler; no weight decay on norms and biases."""
+
+    lr: PositiveFloat = Field(1e-6, description="Peak learning rate.")
+    min_lr: NonNegativeFloat = Field(0.0, description="Where the decay ends.")
+    lr_decay_style: Literal["constant", "linear", "cosine"] = Field("constant", description="After warm-up.")
+    lr_warmup_steps: NonNegativeInt = Field(0, description="Updates of linear warm-up.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay.")
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Adam beta 1.")
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="Adam beta 2.")
+    adam_eps: PositiveFloat = Field(1e-8, description="Adam epsilon.")
+    clip_grad: NonNegativeFloat = Field(1.0, description="Global gradient norm; 0 = no clipping.")
+
+    @model_validator(mode="after")
+    def min_lr_is_below_lr(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
+        return self
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    run_dir: str = Field(description="Directory of this run: config, metrics, checkpoints, pictures.")
+    num_steps: PositiveInt = Field(description="Rollout-and-train steps.")
+    num_mini_batches: PositiveInt = Field(1, description="Optimizer updates per step.")
+    micro_batch_size: PositiveInt = Field(1, description="Sequences of one forward/backward on one rank.")
+    seed: NonNegativeInt = Field(0, description="Seed of data order, sampling and initialisation.")
+    max_skipped_updates: PositiveInt = Field(
+        3, description="Non-finite updates in a row that stop the run (its state is saved)."
+    )
+
+
+class SupervisedTrainConfig(Section):
+    """The supervised loop."""
+
+    run_dir: str = Field(description="Directory of this run.")
+    num_steps: PositiveInt = Field(description="Optimizer updates.")
+    batch_size: PositiveInt = Field(256, description="Examples of one update, over all ranks.")
+    micro_batch_size: PositiveInt = Field(1, description="Sequences of one forward/backward on one rank.")
+    seed: NonNegativeInt = Field(0, description="Seed of the data order.")
+    max_skipped_updates: PositiveInt = Field(3, description="Non-finite updates in a row that stop the run.")
+
+
+class SupervisedDataConfig(Section):
+    """Demonstrations: JSONL with a prompt and a response column."""
+
+    train_path: str = Field(description="JSONL file with one demonstration a line.")
+    prompt_field: str = Field("prompt", description="Column with the prompt text.")
+    response_field: str = Field("response", description="Column with the response text (EOS is added).")
+    max_length: PositiveInt = Field(2048, description="Longer examples (tokens) are left out, counted.")
+    shuffle: bool = Field(True, description="Shuffle every epoch, from train.seed.")
+
+
+class EvaluationConfig(Section):
+    """Pass@K on held-out problems."""
+
+    data_path: str | None = Field(None, description="JSONL of held-out problems; null = no evaluation.")
+    max_problems: PositiveInt | None = Field(None, description="Use the first so many problems.")
+    num_samples: PositiveInt = Field(256, description="n: samples per problem.")
+    ks: tuple[PositiveInt, ...] = Field((1, 2, 4, 8, 16, 32, 64, 128, 256), description="K of Pass@K.")
+    temperature: PositiveFloat = Field(1.0, description="T of evaluation samples.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus mass of evaluation samples.")
+    interval: NonNegativeInt = Field(0, description="Evaluate every so many steps; 0 = only at the ends.")
+    interval_num_samples: PositiveInt = Field(32, description="n of the evaluations in between.")
+    at_start: bool = Field(True, description="Evaluate the policy before the first step.")
+    bootstrap_samples: PositiveInt = Field(2000, description="Resamples of the problems for the intervals.")
+    seed: NonNegativeInt = Field(1234, description="Seed of evaluation samples and bootstrap.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("ks"), list):
+            values = {**values, "ks": tuple(values["ks"])}
+        return values
+
+    @model_validator(mode="after")
+    def ks_fit_into_the_samples(self) -> EvaluationConfig:
+        if not self.ks or max(self.ks) > self.num_samples:
+            raise ValueError(f"ks={list(self.ks)} needs num_samples >= {max(self.ks, default=1)}, "
+                             f"found {self.num_samples}")
+        return self
+
+
+class CheckpointConfig(Section):
+    """Training checkpoints under run_dir/checkpoints and the final Hugging Face export."""
+
+    interval: NonNegativeInt = Field(0, description="Save every so many steps; 0 = only at the end.")
+    save_final: bool = Field(False, description="Save model, optimizer and step when the run ends.")
+    resume: Literal["auto", "never"] = Field("never", description="auto: go on from the latest checkpoint.")
+    export_hf: bool = Field(True, description="Write run_dir/hf (safetensors, config, tokenizer) at the end.")
+
+
+class LoggingConfig(Section):
+    """Where metrics go beside the terminal and metrics.jsonl."""
+
+    tensorboard: bool = Field(True, description="Write TensorBoard events into run_dir/tensorboard.")
+    wandb_project: str | None = Field(None, description="Weights & Biases project; null = off.")
+
+
+class RLConfig(Section):
+    """``python -m apo_megatron.train``."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def groups_are_needed_for_advantages(self) -> RLConfig:
+        if self.rollout.group_size < 2:
+            raise ValueError(
+                f"rollout.group_size={self.rollout.group_size}: {self.objective.advantage_estimator} compares "
+                "the samples of a prompt and needs at least 2"
+            )
+        return self
+
+
+class SFTConfig(Section):
+    """``python -m apo_megatron.sft``."""
+
+    model: ModelConfig
+    data: SupervisedDataConfig
+    train: SupervisedTrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+class EvalConfig(Section):
+    """``python -m apo_megatron.evaluate``."""
+
+    model: ModelConfig
+    evaluation: EvaluationConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    output_path: str = Field("evaluation.json", description="Where the result goes (JSON).")

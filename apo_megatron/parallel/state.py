@@ -1,0 +1,180 @@
+"""Which rank does what: the only place that names a device or a communication backend."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from apo_megatron.config.schema import ParallelConfig
+from apo_megatron.errors import ConfigError
+from apo_megatron.parallel import cpu
+
+Group = dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """Sizes of the mesh axes; ``data`` is what the others leave of ``world``."""
+
+    world: int
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None
+    context: int = 1
+    expert: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def model(self) -> int:
+        """Ranks that share one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def data(self) -> int:
+        return self.world // self.model
+
+    @staticmethod
+    def from_config(cfg: ParallelConfig, world: int) -> ParallelDims:
+        """Raises ConfigError where the axes do not divide the number of processes."""
+        virtual = cfg.virtual_pipeline_parallel_size
+        dims = ParallelDims(
+            world=world,
+            tensor=cfg.tensor_parallel_size,
+            pipeline=cfg.pipeline_parallel_size,
+            virtual_pipeline=None if virtual in (None, 1) else virtual,
+            context=cfg.context_parallel_size,
+            expert=cfg.expert_parallel_size,
+            sequence_parallel=cfg.sequence_parallel,
+        )
+        if world % dims.model != 0:
+            raise ConfigError(
+                f"parallel: tensor_parallel_size={dims.tensor} x pipeline_parallel_size={dims.pipeline} x "
+                f"context_parallel_size={dims.context} = {dims.model} must divide the {world} processes that "
+                f"were started: start a multiple of {dims.model} (torchrun --nproc-per-node), or change the sizes"
+            )
+        return dims
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """This rank's place in the mesh, its groups and its device."""
+
+    dims: ParallelDims
+    rank: int
+    device: torch.device
+    backend: str
+    tensor_rank: int
+    pipeline_rank: int
+    data_rank: int
+    world_group: Group
+    tensor_group: Group
+    pipeline_group: Group
+    data_group: Group
+
+    @property
+    def world(self) -> int:
+        return self.dims.world
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """The stage that owns logits, losses and their metrics."""
+        return self.pipeline_rank == self.dims.pipeline - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage of this rank's pipeline."""
+        return dist.get_global_rank(self.pipeline_group, self.dims.pipeline - 1)
+
+
+def init_parallel(cfg: ParallelConfig, seed: int = 0) -> ParallelContext:
+    """Start torch.distributed and Megatron's groups from torchrun's environment.
+
+    Without torchrun it is a world of one. Raises ConfigError before anything is started where the layout
+    does not fit the number of processes.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    dims = ParallelDims.from_config(cfg, world)
+    use_cuda = torch.cuda.is_available()
+    backend = "nccl" if use_cuda else "gloo"
+    if use_cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        cpu.install()
+    if not dist.is_initialized():
+        _init_process_group(backend, rank, world, cfg.timeout_minutes)
+    return _megatron_context(dims, device, backend, seed, cfg.timeout_minutes)
+
+
+def _init_process_group(backend: str, rank: int, world: int, timeout_minutes: float) -> None:
+    store = None
+    if "MASTER_ADDR" not in os.environ:  # not under torchrun
+        if world != 1:
+            raise ConfigError("WORLD_SIZE is set without MASTER_ADDR: start the ranks with torchrun")
+        store = dist.HashStore()
+    dist.init_process_group(
+        backend,
+        rank=rank,
+        world_size=world,
+        store=store,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+    atexit.register(shut_down)
+
+
+def _megatron_context(
+    dims: ParallelDims, device: torch.device, backend: str, seed: int, timeout_minutes: float
+) -> ParallelContext:
+    from megatron.core import parallel_state as mpu  # after cpu.install()
+    from megatron.core import tensor_parallel
+
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=dims.tensor,
+        pipeline_model_parallel_size=dims.pipeline,
+        virtual_pipeline_model_parallel_size=dims.virtual_pipeline,
+        context_parallel_size=dims.context,
+        expert_model_parallel_size=dims.expert,
+        create_gloo_process_groups=True,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    world_group = dist.group.WORLD
+    assert world_group is not None
+    return ParallelContext(
+        dims=dims,
+        rank=dist.get_rank(),
+        device=device,
+        backend=backend,
+        tensor_rank=mpu.get_tensor_model_parallel_rank(),
+        pipeline_rank=mpu.get_pipeline_model_parallel_rank(),
+        data_rank=mpu.get_data_parallel_rank(),
+        world_group=world_group,
+        tensor_group=mpu.get_tensor_model_parallel_group(),
+        pipeline_group=mpu.get_pipeline_model_parallel_group(),
+        data_group=mpu.get_data_parallel_group(),
+    )
+
+
+def shut_down() -> None:
+    """Leave the process groups; safe to call twice."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

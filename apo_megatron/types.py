@@ -1,0 +1,97 @@
+"""The data that flows through one training step, with shapes written at the fields.
+
+Prompt -> Completion -> Sample -> SampleGroup -> Batch (padded tensors) -> MicroBatch.
+Index t of every [B, S] tensor is the logit position that predicts ``targets[:, t]``; the shift from
+tokens to targets happens once, in ``data/collate.py``.
+
+B sequences, S padded length, K support size, R response tokens of one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem. ``fields`` holds every other column of its dataset row (the reward reads them)."""
+
+    prompt_id: str
+    text: str
+    token_ids: np.ndarray  # [L] int32
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer of an engine. The stop token, where one was sampled, is the last of ``token_ids``."""
+
+    token_ids: np.ndarray  # [R] int32
+    log_probs: np.ndarray  # [R] float32, of softmax(logits / T), before top-p / top-k filtering
+    text: str  # decoded without the stop token
+    finish_reason: FinishReason
+    policy_version: int  # weights that produced it
+
+
+@dataclass
+class Sample:
+    """A completion with its reward and, once its group is complete, its advantage."""
+
+    completion: Completion
+    reward: float | None = None
+    advantage: float | None = None
+
+
+@dataclass
+class SampleGroup:
+    """All samples of one prompt. Groups stay whole until their advantages are assigned."""
+
+    prompt: Prompt
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class TopKSupport:
+    """What the reference pass keeps of a token: 4 * (K + 1) bytes, nothing of size V (apo.md 2.7)."""
+
+    ids: torch.Tensor  # [..., K] int32, global token ids; -1 = excluded or padded
+    log_mass: torch.Tensor  # [...] fp32, log Z = log of the reference mass on ids; -inf where empty
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Right-padded sequences as the model sees them. Optional fields are filled by the actor's passes."""
+
+    tokens: torch.Tensor  # [B, S] int64
+    targets: torch.Tensor  # [B, S] int64, token that position t predicts
+    loss_mask: torch.Tensor  # [B, S] bool, True where targets[:, t] is a trained response token
+    advantages: torch.Tensor  # [B, S] fp32
+    loss_weights: torch.Tensor  # [B, S] fp32, 1 / global denominator of the aggregation; 0 off the mask
+    sequence_ids: torch.Tensor  # [B] int64, position of the sequence in the global batch; -1 = padding row
+    rollout_log_probs: torch.Tensor | None = None  # [B, S] fp32
+    old_log_probs: torch.Tensor | None = None  # [B, S] fp32
+    reference_log_probs: torch.Tensor | None = None  # [B, S] fp32
+    reference_support_ids: torch.Tensor | None = None  # [B, S, K] int32, -1 = not in the set
+    reference_anchor_log_mass: torch.Tensor | None = None  # [B, S] fp32
+
+    @property
+    def num_sequences(self) -> int:
+        return self.tokens.shape[0]
+
+    def select(self, rows: torch.Tensor) -> MicroBatch:
+        """The sequences at ``rows`` [n] int64, in that order."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
+        return MicroBatch(**{k: None if v is None else v[rows] for k, v in chosen.items()})
+
+    def with_fields(self, **values: torch.Tensor | None) -> MicroBatch:
+        """A copy with some fields replaced."""
+        return replace(self, **values)  # type: ignore[arg-type]
