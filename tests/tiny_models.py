@@ -104,6 +104,8 @@ def make_tiny_model(
     )
     if tokenizer:
         write_word_level_tokenizer(folder, vocab_size)
+        if config["model_type"] == "qwen2":
+            _keep_tokenizer_json(folder / "tokenizer_config.json")
     return folder
 
 
@@ -114,9 +116,14 @@ def write_word_level_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer.pre_tokenizer = WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
     fast.save_pretrained(folder)
-    # For model_type qwen2, AutoTokenizer (transformers 5) builds its own Qwen2Tokenizer, which turns every
-    # text into no tokens here, unless an auto_map is present; a map to nothing keeps it on tokenizer.json.
-    path = folder / "tokenizer_config.json"
+
+
+def _keep_tokenizer_json(path: Path) -> None:
+    """Keep AutoTokenizer (transformers 5) from building a Qwen2Tokenizer, which knows none of our words.
+
+    It does so for every config.json of model_type qwen2, whatever tokenizer_class says, unless an auto_map
+    is present; a map to nothing leads it back to tokenizer.json.
+    """
     path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": [None, None]}}))
 
 
