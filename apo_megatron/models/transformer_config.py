@@ -1,0 +1,115 @@
+"""Architecture, model settings and mesh -> Megatron's TransformerConfig, checked before anything is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from apo_megatron.config.schema import ModelConfig
+from apo_megatron.errors import ConfigError
+from apo_megatron.parallel.state import ParallelDims
+from apo_megatron.weights.architecture import Architecture
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def padded_vocab_size(vocab_size: int, make_vocab_size_divisible_by: int, tensor_parallel_size: int) -> int:
+    """The smallest multiple of the two factors' product that holds the vocabulary."""
+    multiple = make_vocab_size_divisible_by * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def check_layout(architecture: Architecture, dims: ParallelDims) -> None:
+    """Raises ConfigError where the model cannot be divided as the mesh asks."""
+    for field, size in (
+        ("num_attention_heads", architecture.num_heads),
+        ("num_key_value_heads", architecture.num_kv_heads),
+        ("intermediate_size", architecture.ffn_hidden_size),
+    ):
+        if size % dims.tensor:
+            raise ConfigError(
+                f"parallel.tensor_parallel_size={dims.tensor} must divide {field}={size} of the model: "
+                f"choose a divisor of {size}"
+            )
+    num_chunks = dims.pipeline * (dims.virtual_pipeline or 1)
+    if architecture.num_layers % num_chunks:
+        raise ConfigError(
+            f"parallel.pipeline_parallel_size={dims.pipeline} x virtual_pipeline_parallel_size="
+            f"{dims.virtual_pipeline or 1} = {num_chunks} must divide num_hidden_layers="
+            f"{architecture.num_layers} of the model"
+        )
+
+
+def build_transformer_config(
+    architecture: Architecture, cfg: ModelConfig, dims: ParallelDims, device: torch.device
+) -> TransformerConfig:
+    """TransformerConfig of this model on this mesh. Raises ConfigError where they do not fit."""
+    check_layout(architecture, dims)
+    dtype = TORCH_DTYPES[cfg.dtype]
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_eps,
+        qk_layernorm=architecture.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        use_cpu_initialization=device.type == "cpu",
+        # False would also drop the tensor_model_parallel marks that the gradient norm needs.
+        perform_initialization=True,
+        # The loss is already divided by the whole mini-batch's count; Megatron must not average again.
+        calculate_per_token_loss=True,
+        # The fused kernels are CUDA or Apex extensions; plain ones give the same numbers everywhere.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **_parallel_settings(dims, device),
+        **_recompute_settings(cfg),
+    )
+
+
+def _parallel_settings(dims: ParallelDims, device: torch.device) -> dict[str, Any]:
+    interleaved = dims.virtual_pipeline is not None
+    return {
+        "tensor_model_parallel_size": dims.tensor,
+        "pipeline_model_parallel_size": dims.pipeline,
+        "virtual_pipeline_model_parallel_size": dims.virtual_pipeline,
+        "context_parallel_size": dims.context,
+        "expert_model_parallel_size": dims.expert,
+        "sequence_parallel": dims.sequence_parallel,
+        # Micro-batches are padded to their own longest sequence, so stages exchange shapes first.
+        "variable_seq_lengths": dims.pipeline > 1,
+        # Megatron refuses variable lengths with its default dispatcher, dense models included.
+        "moe_token_dispatcher_type": "alltoall",
+        # The interleaved schedule at two stages deadlocks with batched sends.
+        "batch_p2p_comm": not interleaved,
+        "overlap_p2p_comm": interleaved,
+        # Gloo may still be sending an output that the interleaved schedule frees: silently wrong gradients.
+        "deallocate_pipeline_outputs": not (interleaved and device.type == "cpu"),
+    }
+
+
+def _recompute_settings(cfg: ModelConfig) -> dict[str, Any]:
+    if cfg.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if cfg.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
