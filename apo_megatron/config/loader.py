@@ -1,35 +1,173 @@
-"""Reads YAML plus ``section.field=value`` overrides into a frozen config; writes the resolved one."""
+"""Reads YAML plus ``section.field=value`` overrides into a frozen config; writes the resolved one.
+
+Everything that is wrong is reported in one ConfigError, a line each: ``file:line: section.field: ...``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
+from apo_megatron.config.describe import describe_type, describe_value, section_of
+from apo_megatron.config.yaml_source import KeyPath, YamlError, YamlSource, read_yaml
 from apo_megatron.errors import ConfigError
 
 Config = TypeVar("Config", bound=BaseModel)
 
 
 def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Defaults < YAML at ``path`` < overrides. Raises ConfigError."""
-    values: dict[str, Any] = yaml.safe_load(Path(path).read_text()) or {}
-    for item in overrides:
-        key, _, text = item.partition("=")
-        *sections, name = key.split(".")
-        target = values
-        for section in sections:
-            target = target.setdefault(section, {})
-        target[name] = yaml.safe_load(text)
+    """Defaults < YAML at ``path`` < overrides (``section.field=value``, the value read as YAML).
+
+    Raises ConfigError with one line for each problem: a file that is not there or not YAML, keys that are
+    unknown (the nearest known one is named), given twice or missing, values of a wrong type or out of
+    bounds, overrides of unknown fields, broken rules of the schema.
+    """
+    source = _read_file(Path(path))
+    problems = [
+        f"{path}:{line}: {'.'.join(key)}: given twice, first on line {source.lines[key]}: keep one"
+        for key, line in source.repeated
+    ]
+    origins = {key: f"{path}:{line}" for key, line in source.lines.items()}
+    for override in overrides:
+        problems += _apply_override(cls, source.values, origins, override)
     try:
-        return cls.model_validate(values)
+        config = cls.model_validate(source.values)
     except ValidationError as error:
-        raise ConfigError(str(error)) from error
+        for details in error.errors(include_url=False):
+            problems += _explain(cls, details, origins, str(path))
+    if problems:
+        raise ConfigError(_message(str(path), problems))
+    return config
 
 
 def dump_config(cfg: BaseModel, path: str | Path) -> None:
-    """Write the resolved config as YAML."""
-    Path(path).write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
+    """Write the resolved config as YAML that ``load_config`` reads back to an equal config.
+
+    Written aside and renamed, so that a reader never sees half a file.
+    """
+    path = Path(path)
+    text = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _read_file(path: Path) -> YamlSource:
+    try:
+        source = read_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}): a configuration is YAML") from error
+    except YamlError as error:
+        place = str(path) if error.line is None else f"{path}:{error.line}"
+        raise ConfigError(f"{place}: not YAML: {error}") from error
+    if not isinstance(source.values, dict):
+        raise ConfigError(
+            f"{path}: found {describe_value(source.values)}, expected sections such as\ntrain:\n  num_steps: 100"
+        )
+    return source
+
+
+def _apply_override(
+    cls: type[BaseModel], values: dict[str, Any], origins: dict[KeyPath, str], override: str
+) -> list[str]:
+    """Put one override into ``values`` and ``origins``; the problem with it, if any."""
+    origin = f"override {override}"
+    name, equals, text = override.partition("=")
+    key = tuple(part.strip() for part in name.split("."))
+    if not equals:
+        return [f"{origin}: expected section.field=value"]
+    parent = _section_at(cls, key[:-1])
+    if parent is None or key[-1] not in parent.model_fields:
+        return [f"{origin}: {_unknown(cls, key)}"]
+    section = section_of(parent.model_fields[key[-1]])
+    if section is not None:
+        return [
+            f"{origin}: {name} is a section: name one of its fields, as in {name}.{next(iter(section.model_fields))}"
+        ]
+    try:
+        value = read_yaml(text).values
+    except YamlError as error:
+        return [f"{origin}: the value is not YAML: {error}"]
+    for part in key[:-1]:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            return []  # the file has something else than a section there, which validation reports
+    values[key[-1]] = value
+    origins[key] = origin
+    return []
+
+
+def _explain(
+    cls: type[BaseModel], details: ErrorDetails, origins: dict[KeyPath, str], path: str
+) -> Iterator[str]:
+    """One finding of pydantic in our words: where, which field, what was found, what was expected."""
+    key = tuple(map(str, details["loc"]))
+    place = next((origins[key[:n]] for n in range(len(key), 0, -1) if key[:n] in origins), path)
+    if details["type"] == "value_error":
+        for broken_rule in str(details["ctx"]["error"]).splitlines():
+            yield f"{place}: {'.'.join(key)}: {broken_rule}" if key else f"{place}: {broken_rule}"
+        return
+    if details["type"] in ("extra_forbidden", "invalid_key"):
+        yield f"{place}: {_unknown(cls, key)}"
+        return
+    while (parent := _section_at(cls, key[:-1])) is None:  # an item of a list: explain the whole field
+        key = key[:-1]
+    info = parent.model_fields[key[-1]]
+    if details["type"] == "missing":
+        meaning = f" ({info.description})" if info.description else ""
+        yield f"{place}: {'.'.join(key)}: missing, expected {describe_type(info)}{meaning}"
+    else:
+        found = describe_value(details["input"])
+        yield f"{place}: {'.'.join(map(str, details['loc']))}: found {found}, expected {describe_type(info)}"
+
+
+def _section_at(cls: type[BaseModel], key: KeyPath) -> type[BaseModel] | None:
+    """The section class at ``key``; None where no section is."""
+    section: type[BaseModel] | None = cls
+    for part in key:
+        if section is None or part not in section.model_fields:
+            return None
+        section = section_of(section.model_fields[part])
+    return section
+
+
+def _unknown(cls: type[BaseModel], key: KeyPath) -> str:
+    """Says that ``key`` is unknown, and which known name is nearest."""
+    known_part = key[:-1]
+    while (section := _section_at(cls, known_part)) is None:
+        known_part = known_part[:-1]
+    name = key[len(known_part)]
+    fields = list(section.model_fields)
+    near = get_close_matches(name, fields, n=1)
+    elsewhere = [dotted for dotted in _dotted_names(cls) if dotted.split(".")[-1] == key[-1]]
+    if elsewhere:
+        advice = f"did you mean {' or '.join(elsewhere)}?"
+    elif near:
+        advice = f"did you mean {'.'.join((*known_part, near[0]))}?"
+    else:
+        advice = f"known in {'.'.join(known_part) or 'the file'}: {', '.join(fields)}"
+    return f"{'.'.join(key)}: unknown field, {advice}"
+
+
+def _dotted_names(cls: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in cls.model_fields.items():
+        section = section_of(info)
+        if section is None:
+            yield f"{prefix}{name}"
+        else:
+            yield from _dotted_names(section, f"{prefix}{name}.")
+
+
+def _message(path: str, problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return "\n  ".join([f"{path}: {len(problems)} problems", *problems])

@@ -1,51 +1,27 @@
 """Every setting, typed, documented once. Frozen: a run never changes its configuration.
 
-Defaults < YAML < ``section.field=value`` overrides (see ``loader.py``). Rules that span fields are
-named validators below; their messages name the fields, what was found and what to do.
+Defaults < YAML < ``section.field=value`` overrides (see ``loader.py``). Rules that span fields are the
+methods marked ``@rule``. docs/configuration.md is generated from this file.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+from apo_megatron.config.section import (
+    FrozenList,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    rule,
+)
 
-
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys refused, no silent type coercion."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _whole_numbers_are_floats(cls, values: Any) -> Any:
-        # YAML 1.1 reads 1e-6 as a string and 1 as an int; both are what a user means by a float.
-        if not isinstance(values, dict):
-            return values
-        return {k: _as_float(v) if _wants_float(cls, k) else v for k, v in values.items()}
-
-
-def _wants_float(section: type[BaseModel], name: str) -> bool:
-    info = section.model_fields.get(name)
-    return info is not None and (info.annotation is float or info.annotation == (float | None))
-
-
-def _as_float(value: Any) -> Any:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, int):
-        return float(value)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+# push - pull may not lie on the clip boundary either; rounding (1.38 - 0.1 < 1.28) must not decide that.
+_ROUNDING = 1e-9
 
 
 class ModelConfig(Section):
@@ -78,30 +54,39 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = Field(True, description="Shard the optimizer state over data parallel.")
     timeout_minutes: PositiveFloat = Field(30.0, description="Time-out of a collective.")
 
-    @model_validator(mode="after")
-    def sequence_parallel_needs_tensor_parallel(self) -> ParallelConfig:
+    @rule
+    def sequence_parallel_needs_tensor_parallel(self) -> str | None:
+        """`sequence_parallel` needs `tensor_parallel_size` > 1: it shards over the tensor axis."""
         if self.sequence_parallel and self.tensor_parallel_size == 1:
-            raise ValueError(
+            return (
                 "sequence_parallel=true needs tensor_parallel_size > 1, found 1: "
                 "set sequence_parallel=false or raise tensor_parallel_size"
             )
-        return self
+        return None
 
-    @model_validator(mode="after")
-    def virtual_pipeline_needs_pipeline(self) -> ParallelConfig:
+    @rule
+    def virtual_pipeline_needs_pipeline(self) -> str | None:
+        """`virtual_pipeline_parallel_size` > 1 needs `pipeline_parallel_size` > 1."""
         if self.virtual_pipeline_parallel_size not in (None, 1) and self.pipeline_parallel_size == 1:
-            raise ValueError(
+            return (
                 f"virtual_pipeline_parallel_size={self.virtual_pipeline_parallel_size} needs "
-                "pipeline_parallel_size > 1, found 1"
+                "pipeline_parallel_size > 1, found 1: set it to null or raise pipeline_parallel_size"
             )
-        return self
+        return None
 
-    @model_validator(mode="after")
-    def layouts_that_are_available(self) -> ParallelConfig:
-        for name in ("context_parallel_size", "expert_parallel_size"):
-            if getattr(self, name) != 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not available yet: set it to 1")
-        return self
+    @rule
+    def context_parallel_is_not_available(self) -> str | None:
+        """`context_parallel_size` must be 1 for now."""
+        if self.context_parallel_size != 1:
+            return f"context_parallel_size={self.context_parallel_size} is not available yet: set it to 1"
+        return None
+
+    @rule
+    def expert_parallel_is_not_available(self) -> str | None:
+        """`expert_parallel_size` must be 1 for now."""
+        if self.expert_parallel_size != 1:
+            return f"expert_parallel_size={self.expert_parallel_size} is not available yet: set it to 1"
+        return None
 
 
 class DataConfig(Section):
@@ -123,15 +108,10 @@ class RolloutConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling mass.")
     top_k: NonNegativeInt = Field(0, description="Sample among the k likeliest tokens; 0 = all.")
     max_new_tokens: PositiveInt = Field(1024, description="Longest response in tokens.")
-    stop_token_ids: tuple[int, ...] = Field((), description="Stop tokens beside the tokenizer's EOS.")
+    stop_token_ids: FrozenList[NonNegativeInt] = Field(
+        (), description="Stop tokens beside the tokenizer's EOS."
+    )
     max_batch_size: PositiveInt = Field(1024, description="Sequences decoded together by one rank.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("stop_token_ids"), list):
-            values = {**values, "stop_token_ids": tuple(values["stop_token_ids"])}
-        return values
 
 
 class RewardConfig(Section):
@@ -153,7 +133,9 @@ class ObjectiveConfig(Section):
     loss_aggregation_constant: PositiveInt | None = Field(
         None, description="Divisor of seq-mean-token-sum-norm (Dr.GRPO: the longest response)."
     )
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="Ratio clipped under 1 - clip_low.")
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="Ratio clipped under 1 - clip_low."
+    )
     clip_high: PositiveFloat = Field(0.28, description="Ratio clipped over 1 + clip_high.")
     dual_clip: float | None = Field(None, description="Bound of the loss at -A * dual_clip where A < 0.")
     apo_push_coeff: PositiveFloat = Field(1.05, description="lambda: weight of the ratio where A < 0.")
@@ -169,42 +151,48 @@ class ObjectiveConfig(Section):
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of that KL.")
     entropy_coeff: NonNegativeFloat = Field(0.0, description="Weight of the entropy bonus.")
 
-    @model_validator(mode="after")
-    def wrong_tokens_must_not_start_clipped(self) -> ObjectiveConfig:
+    @rule
+    def wrong_tokens_must_not_start_clipped(self) -> str | None:
+        """With `apo_ratio`, `apo_push_coeff` - `apo_pull_coeff` (where a wrong token's ratio starts) must lie
+        inside (1 - `clip_low`, 1 + `clip_high`): outside it there is no gradient."""
         start = self.apo_push_coeff - self.apo_pull_coeff
         low, high = 1 - self.clip_low, 1 + self.clip_high
-        if self.loss_mode == "apo_ratio" and not low < start < high:
-            raise ValueError(
+        if self.loss_mode == "apo_ratio" and not low + _ROUNDING < start < high - _ROUNDING:
+            return (
                 f"apo_push_coeff - apo_pull_coeff = {start:.4g} lies outside the clip range "
                 f"({low:.4g}, {high:.4g}) given by clip_low and clip_high: every wrong token would start "
-                "clipped, without a gradient. Lower apo_pull_coeff or widen the clip range"
+                "clipped, without a gradient. Bring the difference closer to 1, or widen the clip range"
             )
-        return self
+        return None
 
-    @model_validator(mode="after")
-    def dual_clip_is_above_the_clip_range(self) -> ObjectiveConfig:
+    @rule
+    def dual_clip_is_above_the_clip_range(self) -> str | None:
+        """`dual_clip` must be above 1 + `clip_high`, or it would cut what the clip range lets through."""
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
-            raise ValueError(
+            return (
                 f"dual_clip={self.dual_clip} must be above 1 + clip_high = {1 + self.clip_high:.4g}, or null"
             )
-        return self
+        return None
 
-    @model_validator(mode="after")
-    def one_kl_loss_at_most(self) -> ObjectiveConfig:
+    @rule
+    def one_kl_loss_at_most(self) -> str | None:
+        """`use_kl_loss` and `use_kl_loss_on_wrong` exclude each other."""
         if self.use_kl_loss and self.use_kl_loss_on_wrong:
-            raise ValueError("use_kl_loss and use_kl_loss_on_wrong are both true: choose one")
-        return self
+            return "use_kl_loss and use_kl_loss_on_wrong are both true: set one of them to false"
+        return None
 
-    @model_validator(mode="after")
-    def constant_goes_with_its_aggregation(self) -> ObjectiveConfig:
+    @rule
+    def constant_goes_with_its_aggregation(self) -> str | None:
+        """`loss_aggregation_constant` is needed by `seq-mean-token-sum-norm` and refused with any other."""
         wanted = self.loss_aggregation == "seq-mean-token-sum-norm"
         if wanted != (self.loss_aggregation_constant is not None):
-            raise ValueError(
-                f"loss_aggregation={self.loss_aggregation} with loss_aggregation_constant="
-                f"{self.loss_aggregation_constant}: the constant is needed by seq-mean-token-sum-norm and by "
-                "no other"
+            return (
+                f"loss_aggregation={self.loss_aggregation} "
+                f"{'needs' if wanted else 'does not use'} loss_aggregation_constant, found "
+                f"{'null' if wanted else self.loss_aggregation_constant}: "
+                f"{'set it to the longest response (tokens)' if wanted else 'leave it out'}"
             )
-        return self
+        return None
 
 
 class OptimizerConfig(Section):
@@ -220,11 +208,12 @@ class OptimizerConfig(Section):
     adam_eps: PositiveFloat = Field(1e-8, description="Adam epsilon.")
     clip_grad: NonNegativeFloat = Field(1.0, description="Global gradient norm; 0 = no clipping.")
 
-    @model_validator(mode="after")
-    def min_lr_is_below_lr(self) -> OptimizerConfig:
+    @rule
+    def min_lr_is_not_above_lr(self) -> str | None:
+        """`min_lr` must not be above `lr`."""
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
-        return self
+            return f"min_lr={self.min_lr} is above lr={self.lr}: lower min_lr"
+        return None
 
 
 class TrainConfig(Section):
@@ -267,7 +256,7 @@ class EvaluationConfig(Section):
     data_path: str | None = Field(None, description="JSONL of held-out problems; null = no evaluation.")
     max_problems: PositiveInt | None = Field(None, description="Use the first so many problems.")
     num_samples: PositiveInt = Field(256, description="n: samples per problem.")
-    ks: tuple[PositiveInt, ...] = Field((1, 2, 4, 8, 16, 32, 64, 128, 256), description="K of Pass@K.")
+    ks: FrozenList[PositiveInt] = Field((1, 2, 4, 8, 16, 32, 64, 128, 256), description="K of Pass@K.")
     temperature: PositiveFloat = Field(1.0, description="T of evaluation samples.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus mass of evaluation samples.")
     interval: NonNegativeInt = Field(0, description="Evaluate every so many steps; 0 = only at the ends.")
@@ -276,19 +265,21 @@ class EvaluationConfig(Section):
     bootstrap_samples: PositiveInt = Field(2000, description="Resamples of the problems for the intervals.")
     seed: NonNegativeInt = Field(1234, description="Seed of evaluation samples and bootstrap.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("ks"), list):
-            values = {**values, "ks": tuple(values["ks"])}
-        return values
+    @rule
+    def ks_fit_into_the_samples(self) -> str | None:
+        """`num_samples` must be at least the largest of `ks`, and `ks` not empty: Pass@K needs n >= K."""
+        if not self.ks:
+            return "ks=[] leaves nothing to measure: name at least one K"
+        if max(self.ks) > self.num_samples:
+            return f"ks={list(self.ks)} needs num_samples >= {max(self.ks)}, found {self.num_samples}"
+        return None
 
-    @model_validator(mode="after")
-    def ks_fit_into_the_samples(self) -> EvaluationConfig:
-        if not self.ks or max(self.ks) > self.num_samples:
-            raise ValueError(f"ks={list(self.ks)} needs num_samples >= {max(self.ks, default=1)}, "
-                             f"found {self.num_samples}")
-        return self
+    @rule
+    def interval_needs_problems(self) -> str | None:
+        """`interval` > 0 needs a `data_path`."""
+        if self.interval and self.data_path is None:
+            return f"interval={self.interval} without data_path: set data_path, or interval=0"
+        return None
 
 
 class CheckpointConfig(Section):
@@ -307,6 +298,15 @@ class LoggingConfig(Section):
     wandb_project: str | None = Field(None, description="Weights & Biases project; null = off.")
 
 
+def _warmup_problem(optimizer: OptimizerConfig, num_updates: int) -> str | None:
+    if optimizer.lr_warmup_steps < num_updates:
+        return None
+    return (
+        f"optimizer.lr_warmup_steps={optimizer.lr_warmup_steps} must be fewer than the {num_updates} updates "
+        "of the run: the learning rate would never reach optimizer.lr"
+    )
+
+
 class RLConfig(Section):
     """``python -m apo_megatron.train``."""
 
@@ -322,14 +322,33 @@ class RLConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
-    @model_validator(mode="after")
-    def groups_are_needed_for_advantages(self) -> RLConfig:
+    @rule
+    def groups_are_needed_for_advantages(self) -> str | None:
+        """`rollout.group_size` must be at least 2: advantages compare the samples of a prompt."""
         if self.rollout.group_size < 2:
-            raise ValueError(
-                f"rollout.group_size={self.rollout.group_size}: {self.objective.advantage_estimator} compares "
-                "the samples of a prompt and needs at least 2"
+            return (
+                f"rollout.group_size={self.rollout.group_size}: "
+                f"objective.advantage_estimator={self.objective.advantage_estimator} compares the samples "
+                "of a prompt and needs at least 2"
             )
-        return self
+        return None
+
+    @rule
+    def mini_batches_are_not_empty(self) -> str | None:
+        """`train.num_mini_batches` must not exceed `data.prompts_per_step` x `rollout.group_size`."""
+        num_samples = self.data.prompts_per_step * self.rollout.group_size
+        if self.train.num_mini_batches > num_samples:
+            return (
+                f"train.num_mini_batches={self.train.num_mini_batches} is more than the {num_samples} "
+                f"samples of a step (data.prompts_per_step={self.data.prompts_per_step} x "
+                f"rollout.group_size={self.rollout.group_size}): lower it"
+            )
+        return None
+
+    @rule
+    def warmup_ends_before_training(self) -> str | None:
+        """`optimizer.lr_warmup_steps` must be fewer than `train.num_steps` x `train.num_mini_batches`."""
+        return _warmup_problem(self.optimizer, self.train.num_steps * self.train.num_mini_batches)
 
 
 class SFTConfig(Section):
@@ -343,6 +362,11 @@ class SFTConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    @rule
+    def warmup_ends_before_training(self) -> str | None:
+        """`optimizer.lr_warmup_steps` must be fewer than `train.num_steps`."""
+        return _warmup_problem(self.optimizer, self.train.num_steps)
+
 
 class EvalConfig(Section):
     """``python -m apo_megatron.evaluate``."""
@@ -352,3 +376,10 @@ class EvalConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     output_path: str = Field("evaluation.json", description="Where the result goes (JSON).")
+
+    @rule
+    def problems_are_named(self) -> str | None:
+        """`evaluation.data_path` is needed: there is nothing else to do."""
+        if self.evaluation.data_path is None:
+            return "evaluation.data_path=null: name the JSONL file of held-out problems"
+        return None
