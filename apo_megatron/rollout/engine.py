@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from apo_megatron.types import Completion, Prompt
-from apo_megatron.weights.source import WeightSource
+
+if TYPE_CHECKING:  # an engine does not need the trainer's imports
+    from apo_megatron.weights.source import WeightSource
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""Samples every held-out problem n times, counts the right answers, and turns counts into Pass@K."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from apo_megatron.config.schema import EvaluationConfig, RolloutConfig
+from apo_megatron.errors import DataError
+from apo_megatron.evaluation.pass_at_k import bootstrap_interval, pass_at_k
+from apo_megatron.parallel.collectives import all_gather_objects
+from apo_megatron.parallel.state import ParallelContext
+from apo_megatron.rewards.registry import Reward
+from apo_megatron.rollout.engine import RolloutEngine
+from apo_megatron.rollout.sampling import sampling_params
+from apo_megatron.types import Completion, Prompt
+
+Progress = Callable[[int, int], None]  # (problems, tokens) done since the last call, over all ranks
+
+
+@dataclass(frozen=True)
+class PassAtKResult:
+    """What one evaluation measured. Per-problem fields are in the order of the problems, length P."""
+
+    prompt_ids: tuple[str, ...]  # [P]
+    num_samples: int  # n, per problem
+    num_correct: tuple[int, ...]  # [P], c of each problem
+    pass_at_k: dict[int, float]  # K -> mean over problems, in [0, 1]
+    ci95: dict[int, tuple[float, float]]  # K -> 95 % bootstrap interval over problems
+    mean_response_length: float  # tokens, the stop token included
+    truncation_rate: float  # share of samples that ended at max_new_tokens
+    distinct_correct: float  # different right answers (texts) per problem, mean over problems
+    verifier_failures: int  # samples that could not be judged; counted as wrong
+    policy_version: int  # weights that were evaluated
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain containers for ``json.dump``; K becomes a string."""
+        return {
+            **asdict(self),
+            "prompt_ids": list(self.prompt_ids),
+            "num_correct": list(self.num_correct),
+            "pass_at_k": {str(k): value for k, value in self.pass_at_k.items()},
+            "ci95": {str(k): list(interval) for k, interval in self.ci95.items()},
+        }
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> PassAtKResult:
+        """The result that ``to_json`` wrote; other keys are left alone."""
+        fields = {name: values[name] for name in PassAtKResult.__dataclass_fields__}
+        fields["prompt_ids"] = tuple(fields["prompt_ids"])
+        fields["num_correct"] = tuple(fields["num_correct"])
+        fields["pass_at_k"] = {int(k): value for k, value in fields["pass_at_k"].items()}
+        fields["ci95"] = {int(k): (low, high) for k, (low, high) in fields["ci95"].items()}
+        return PassAtKResult(**fields)
+
+
+@dataclass(frozen=True)
+class _ProblemCounts:
+    """What is kept of the samples of one problem."""
+
+    correct: int
+    distinct_correct: int
+    unjudged: int
+    truncated: int
+    tokens: int
+
+
+def evaluate_pass_at_k(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    cfg: EvaluationConfig,
+    rollout: RolloutConfig,
+    parallel: ParallelContext | None,
+    *,
+    num_samples: int | None = None,
+    progress: Progress | None = None,
+) -> PassAtKResult:
+    """Pass@K of the engine's weights on ``prompts``, the same result on every rank. Collective.
+
+    Problems are spread over the ranks of ``parallel`` (None: this process alone), which all pass the same
+    prompts. ``num_samples`` overrides cfg.num_samples; K above it are left out. Temperature, top-p and seed
+    come from ``cfg``, response length, stop tokens and batch size from ``rollout``. A reward of at least 1
+    is right. Raises DataError without prompts.
+    """
+    if not prompts:
+        raise DataError("evaluation without problems: evaluation.data_path must name a file with some")
+    num_samples = cfg.num_samples if num_samples is None else num_samples
+    sampling = replace(
+        sampling_params(rollout, cfg.seed),
+        num_samples=num_samples,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        top_k=0,
+    )
+    rank, world = (0, 1) if parallel is None else (parallel.rank, parallel.world)
+    mine = prompts[rank::world]
+    chunk_size = max(1, rollout.max_batch_size // num_samples)
+    counts: list[_ProblemCounts] = []
+    for start in range(0, len(mine), chunk_size):
+        chunk = mine[start : start + chunk_size]
+        new = [
+            _count(prompt, completions, reward)
+            for prompt, completions in zip(chunk, engine.generate(chunk, sampling), strict=True)
+        ]
+        if progress is not None:  # the other ranks are about as far
+            done, before = (min(len(prompts), world * n) for n in (len(counts) + len(new), len(counts)))
+            progress(done - before, world * sum(problem.tokens for problem in new))
+        counts += new
+    shares = [counts] if parallel is None else all_gather_objects(counts, parallel)
+    in_order = [shares[i % world][i // world] for i in range(len(prompts))]
+    return _result(prompts, in_order, num_samples, cfg, engine.policy_version)
+
+
+def _count(prompt: Prompt, completions: Sequence[Completion], reward: Reward) -> _ProblemCounts:
+    rewards = np.array(reward.score(prompt, completions), dtype=np.float64)
+    assert rewards.shape == (len(completions),), "a reward must judge every completion"
+    right = rewards >= 1  # False for NaN
+    return _ProblemCounts(
+        correct=int(right.sum()),
+        distinct_correct=len({completions[i].text.strip() for i in right.nonzero()[0].tolist()}),
+        unjudged=int(np.isnan(rewards).sum()),
+        truncated=sum(completion.finish_reason == "length" for completion in completions),
+        tokens=sum(len(completion.token_ids) for completion in completions),
+    )
+
+
+def _result(
+    prompts: Sequence[Prompt],
+    counts: Sequence[_ProblemCounts],
+    num_samples: int,
+    cfg: EvaluationConfig,
+    policy_version: int,
+) -> PassAtKResult:
+    num_correct = np.array([problem.correct for problem in counts])
+    curves = {k: pass_at_k(num_samples, num_correct, k) for k in cfg.ks if k <= num_samples}
+    total = len(counts) * num_samples
+    return PassAtKResult(
+        prompt_ids=tuple(prompt.prompt_id for prompt in prompts),
+        num_samples=num_samples,
+        num_correct=tuple(num_correct.tolist()),
+        pass_at_k={k: float(np.mean(per_problem)) for k, per_problem in curves.items()},
+        ci95={
+            k: bootstrap_interval(per_problem, cfg.bootstrap_samples, cfg.seed)
+            for k, per_problem in curves.items()
+        },
+        mean_response_length=sum(problem.tokens for problem in counts) / total,
+        truncation_rate=sum(problem.truncated for problem in counts) / total,
+        distinct_correct=sum(problem.distinct_correct for problem in counts) / len(counts),
+        verifier_failures=sum(problem.unjudged for problem in counts),
+        policy_version=policy_version,
+    )

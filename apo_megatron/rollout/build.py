@@ -1,0 +1,103 @@
+"""From a Hugging Face directory to a rollout engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from apo_megatron.config.schema import ModelConfig, RolloutConfig
+from apo_megatron.data.tokenizer import check_tokenizer, load_tokenizer
+from apo_megatron.errors import CheckpointError
+from apo_megatron.rollout.embedded import EmbeddedEngine
+from apo_megatron.rollout.engine import RolloutEngine
+
+
+def build_engine(rollout: RolloutConfig, model: ModelConfig, device: torch.device) -> RolloutEngine:
+    """The engine for training: the architecture of ``model.hf_path``, weights by ``update_weights``.
+
+    Raises CheckpointError where config.json cannot be read, ConfigError where the tokenizer does not fit.
+    """
+    with _without_touching_random_state(device):
+        try:
+            config = AutoConfig.from_pretrained(model.hf_path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"model.hf_path={model.hf_path}: no usable config.json: {error}") from error
+        with device:
+            hf_model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
+    return _engine(rollout, model, hf_model, policy_version=-1)
+
+
+def load_engine(rollout: RolloutConfig, model: ModelConfig, device: torch.device) -> RolloutEngine:
+    """The engine for evaluation without a trainer: with the weights of ``model.hf_path``, as version 0.
+
+    Raises CheckpointError where files are missing or truncated, or do not hold exactly the model's tensors.
+    """
+    transformers_logging.disable_progress_bar()  # the run shows its own
+    with _without_touching_random_state(device):
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                model.hf_path, dtype=getattr(torch, model.dtype), output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"model.hf_path={model.hf_path}: cannot be loaded: {error}. Expected a directory with "
+                "config.json and complete *.safetensors files"
+            ) from error
+    hf_model, report = loaded
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            names = ", ".join(str(name) for name in sorted(report[problem])[:5])
+            raise CheckpointError(
+                f"model.hf_path={model.hf_path}: the safetensors do not fit config.json, "
+                f"{problem.replace('_', ' ')}: {names} ({len(report[problem])} in all)"
+            )
+    return _engine(rollout, model, hf_model.to(device), policy_version=0)
+
+
+def _engine(
+    rollout: RolloutConfig, model: ModelConfig, hf_model: PreTrainedModel, policy_version: int
+) -> EmbeddedEngine:
+    tokenizer = load_tokenizer(model.hf_path)
+    check_tokenizer(tokenizer, hf_model.config.vocab_size, model.hf_path)
+    return EmbeddedEngine(
+        hf_model,
+        tokenizer,
+        eos_token_ids=read_eos_token_ids(model.hf_path, tokenizer),
+        max_batch_size=rollout.max_batch_size,
+        policy_version=policy_version,
+    )
+
+
+def read_eos_token_ids(hf_path: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokenizer's EOS and those of generation_config.json, where there is one.
+
+    config.json is not asked: an architecture's default would be taken for a stop token.
+    """
+    ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    try:
+        more = GenerationConfig.from_pretrained(hf_path).eos_token_id
+    except OSError:  # the file is optional
+        return ids
+    if more is not None:
+        ids.update([more] if isinstance(more, int) else more)
+    return ids
+
+
+@contextmanager
+def _without_touching_random_state(device: torch.device) -> Iterator[None]:
+    """Making a transformers model draws initial weights, which must not move the trainer's streams."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type):
+        yield
