@@ -1,0 +1,135 @@
+"""What the command lines share: reading arguments, and ending with a message instead of a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, TypeVar
+
+from pydantic import BaseModel
+
+from apo_megatron.config.loader import load_config
+from apo_megatron.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    RewardError,
+    RolloutError,
+    TrainingError,
+    WeightMappingError,
+)
+from apo_megatron.telemetry.field_help import describe_fields
+
+Config = TypeVar("Config", bound=BaseModel)
+
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    CheckpointError,
+    WeightMappingError,
+    RolloutError,
+    RewardError,
+    TrainingError,
+    FileNotFoundError,
+)
+TRACEBACK_VARIABLE = "APO_MEGATRON_TRACEBACK"
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+# Rank 0 mostly fails in the same way. It ends at once, and torchrun then ends the other ranks: one that is
+# still there after so many seconds has something of its own to say.
+SECONDS_BEFORE_OTHER_RANKS_SPEAK = 3.0
+
+
+def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Call ``main(argv)`` (default: the command line) and return the exit code for ``sys.exit``.
+
+    0 = done, 2 = an error the user can act on (``error: ...`` on stderr), 130 = interrupted. Any other
+    exception is our mistake: traceback and exit code 1. APO_MEGATRON_TRACEBACK=1 shows the traceback of user
+    errors too. Does not return where torch.distributed runs and something failed (see ``_leave``).
+    """
+    previous_hook = sys.excepthook
+    sys.excepthook = _report_our_mistake
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+        code = 0
+    except USER_ERRORS as error:
+        _report_user_error(error)
+        code = _leave(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        if _rank() == 0:
+            print("interrupted", file=sys.stderr)
+        code = _leave(EXIT_INTERRUPTED)
+    sys.excepthook = previous_hook
+    return code
+
+
+def parse_command_line(argv: Sequence[str], config_class: type[Config], program: str) -> Config:
+    """``--config FILE [section.field=value ...]`` as a config; ``--help`` lists every field and exits.
+
+    ``program`` is how the command is called, such as ``python -m apo_megatron.train``. Raises ConfigError.
+    """
+    parser = _Parser(
+        prog=program,
+        usage=f"{program} --config FILE [section.field=value ...]",
+        epilog=f"fields:\n\n{describe_fields(config_class)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="YAML with the settings")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="settings that go before those of the file; the value is read as YAML",
+    )
+    parsed = parser.parse_intermixed_args(argv)
+    return load_config(config_class, parsed.config, parsed.overrides)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(
+            f"{message}\nusage: {self.prog} --config FILE [section.field=value ...]   (or --help)"
+        )
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _report_user_error(error: BaseException) -> None:
+    rank = _rank()
+    if rank != 0:
+        time.sleep(SECONDS_BEFORE_OTHER_RANKS_SPEAK)
+    if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+        traceback.print_exception(error)
+    message = str(error)
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        message = f"file not found: {error.filename}"
+    print(f"error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
+
+
+def _report_our_mistake(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, trace)
+    _leave(1)
+
+
+def _leave(code: int) -> int:
+    """Give back ``code``, or end the process at once where torch.distributed runs.
+
+    The other ranks may wait for this one in a collective. An orderly exit would destroy the process groups,
+    which can wait for them in turn: everybody would hang until the time-out of the collective. Ended at
+    once, torchrun sees the exit code and stops the others.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    distributed = sys.modules.get("torch.distributed")  # a --help or a typing error does not import torch
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        os._exit(code)
+    return code

@@ -1,0 +1,300 @@
+"""The whole story on two CPU cores: cold-start a tiny model, train it by GRPO and by APO, compare Pass@K.
+
+    python examples/countdown/demo.py                                     # what `make demo` runs
+    python examples/countdown/demo.py --seeds 0 1 2 --methods grpo grpo_kl kl_on_wrong apo --out runs/seeds
+
+Every stage is a command of its own, printed before it runs, so that each can be repeated alone:
+
+    OUT/seed0/data   problems, demonstrations, an untrained model     prepare.py
+    OUT/seed0/sft    the base: supervised cold start                  apo_megatron.sft
+    OUT/seed0/grpo   RL from the base, one folder a method            apo_megatron.train
+    OUT              results.json, table.md, comparison.png           report.py
+
+Run again, it goes on after the last stage that finished with the same command (--fresh: from the start).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from report import METHODS, write_report
+
+from apo_megatron.telemetry.progress import duration
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+STAMP = "stage.json"  # in the folder of a finished stage: its command and how long it took
+BASE_OVERRIDE = "evaluation.at_start="
+
+# Seconds of a stage on two cores, until this run has measured its own.
+EXPECTED_SECONDS = {"data": 15.0, "sft": 180.0, "rl": 250.0}
+
+QUICK_DATA = ("--num-demonstrations", "15360", "--num-train", "64", "--num-heldout", "8")
+QUICK_SFT = ("train.num_steps=60", "optimizer.lr_warmup_steps=0")
+QUICK_RL = (
+    "train.num_steps=2",
+    "data.prompts_per_step=16",
+    "optimizer.lr_warmup_steps=0",
+    "evaluation.num_samples=16",
+    "evaluation.ks=[1, 2, 4, 8, 16]",
+    "evaluation.interval=1",
+    "evaluation.interval_num_samples=8",
+    "evaluation.bootstrap_samples=100",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command. ``folder`` is all it writes, and is removed before it starts."""
+
+    title: str
+    kind: str  # key of EXPECTED_SECONDS
+    folder: Path
+    command: tuple[str, ...]
+    results: tuple[Path, ...]  # files that exist when it has finished
+
+    def is_finished(self) -> bool:
+        """Whether its results are there, made by this very command (whoever evaluates the base)."""
+        stamp = self.folder / STAMP
+        if not stamp.exists() or not all(path.exists() for path in self.results):
+            return False
+        return _identity(json.loads(stamp.read_text())["command"]) == _identity(self.command)
+
+
+class StageFailed(Exception):
+    """A stage ended with ``code`` (as a shell would report it)."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Progress:
+    """Counts stages, and estimates from the stages that ran how long the others take."""
+
+    def __init__(self, kinds: Sequence[str]) -> None:
+        self._kinds = list(kinds)  # of all stages, in order
+        self._done = 0
+        self._measured: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self._started
+
+    def header(self, title: str) -> str:
+        left = sum(self._measured.get(k, EXPECTED_SECONDS[k]) for k in self._kinds[self._done :])
+        return (
+            f"\n=== stage {self._done + 1}/{len(self._kinds)}: {title} | elapsed {duration(self.elapsed)} | "
+            f"expected about {duration(left)} more"
+        )
+
+    def finish(self, kind: str, seconds: float | None) -> None:
+        """One stage is done; ``seconds`` None = it was already finished."""
+        self._done += 1
+        if seconds is not None:
+            self._measured[kind] = seconds
+
+
+def data_stage(folder: Path, seed: int, quick: bool) -> Stage:
+    command = (sys.executable, str(HERE / "prepare.py"), "--out", str(folder), "--seed", str(seed))
+    return Stage(
+        f"problems and demonstrations (seed {seed})",
+        "data",
+        folder,
+        _relative(command + (QUICK_DATA if quick else ())),
+        (folder / "heldout.jsonl", folder / "init" / "config.json"),
+    )
+
+
+def sft_stage(folder: Path, seed: int, nproc: int, quick: bool) -> Stage:
+    overrides = (
+        f"model.hf_path={folder.parent / 'data' / 'init'}",
+        f"data.train_path={folder.parent / 'data' / 'sft.jsonl'}",
+        f"train.run_dir={folder}",
+        f"train.seed={seed}",
+        *(QUICK_SFT if quick else ()),
+    )
+    command = _torchrun(nproc, "apo_megatron.sft", HERE / "sft.yaml", overrides)
+    return Stage(f"cold start (seed {seed})", "sft", folder, command, (folder / "hf" / "config.json",))
+
+
+def rl_stage(folder: Path, seed: int, nproc: int, quick: bool, steps: int | None, with_base: bool) -> Stage:
+    """RL by the method that ``folder`` is named after; ``with_base`` evaluates the policy it starts from."""
+    overrides = (
+        f"model.hf_path={folder.parent / 'sft' / 'hf'}",
+        f"data.train_path={folder.parent / 'data' / 'train.jsonl'}",
+        f"evaluation.data_path={folder.parent / 'data' / 'heldout.jsonl'}",
+        f"train.run_dir={folder}",
+        f"train.seed={seed}",
+        f"{BASE_OVERRIDE}{'true' if with_base else 'false'}",
+        *(QUICK_RL if quick else ()),
+        *((f"train.num_steps={steps}",) if steps is not None else ()),
+    )
+    command = _torchrun(nproc, "apo_megatron.train", HERE / f"{folder.name}.yaml", overrides)
+    return Stage(
+        f"{METHODS[folder.name]} (seed {seed})",
+        "rl",
+        folder,
+        command,
+        (folder / "evaluation_final.json", *((folder / "evaluation_start.json",) if with_base else ())),
+    )
+
+
+def run_stage(stage: Stage, progress: Progress, fresh: bool) -> bool:
+    """Run ``stage`` unless it has finished before; whether it ran. Raises StageFailed."""
+    print(progress.header(stage.title), flush=True)
+    if stage.is_finished() and not fresh:
+        print(f"already there: {_short(stage.folder)} (--fresh repeats it)", flush=True)
+        progress.finish(stage.kind, None)
+        return False
+    print(f"$ {_shell(stage.command)}\n", flush=True)
+    shutil.rmtree(stage.folder, ignore_errors=True)
+    started = time.monotonic()
+    code = _run(stage.command)
+    seconds = time.monotonic() - started
+    missing = [_short(path) for path in stage.results if not path.exists()]
+    if code == 0 and missing:
+        raise StageFailed(f"{stage.title} ended without writing {', '.join(missing)}", 1)
+    if code != 0:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+        raise StageFailed(
+            f"{stage.title} {how} after {duration(seconds)}; its messages are above. To repeat it alone:\n"
+            f"{_shell(stage.command)}",
+            128 - code if code < 0 else code,
+        )
+    stamp = {"command": list(stage.command), "seconds": round(seconds, 1)}
+    (stage.folder / STAMP).write_text(json.dumps(stamp, indent=1))
+    print(f"\ndone in {duration(seconds)}", flush=True)
+    progress.finish(stage.kind, seconds)
+    return True
+
+
+def run_seed(folder: Path, seed: int, options: argparse.Namespace, progress: Progress) -> None:
+    """All stages of one seed. A stage that ran makes what was built on it out of date: that is removed."""
+    data = data_stage(folder / "data", seed, options.quick)
+    sft = sft_stage(folder / "sft", seed, options.nproc, options.quick)
+    for stage, built_on_it in ((data, ("sft", *METHODS)), (sft, tuple(METHODS))):
+        if run_stage(stage, progress, options.fresh):
+            for name in built_on_it:
+                shutil.rmtree(folder / name, ignore_errors=True)
+    for method in options.methods:
+        others = [name for name in METHODS if name != method]
+        base_is_elsewhere = any((folder / name / "evaluation_start.json").exists() for name in others)
+        stage = rl_stage(
+            folder / method,
+            seed,
+            options.nproc,
+            options.quick,
+            options.steps,
+            with_base=not base_is_elsewhere,
+        )
+        run_stage(stage, progress, options.fresh)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parse(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that stages end with us
+    out = Path(options.out).resolve()
+    progress = Progress(["data", "sft", *["rl"] * len(options.methods)] * len(options.seeds))
+    try:
+        for seed in options.seeds:
+            run_seed(out / f"seed{seed}", seed, options, progress)
+    except StageFailed as error:
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        return error.code
+    except KeyboardInterrupt:
+        print("\ninterrupted: run the same command again to go on", file=sys.stderr, flush=True)
+        return 130
+    given = sys.argv[1:] if argv is None else argv
+    settings = {
+        "command": shlex.join(["python", "examples/countdown/demo.py", *given]),
+        "nproc": options.nproc,
+    }
+    print(f"\n=== results | elapsed {duration(progress.elapsed)}\n", flush=True)
+    for path in write_report(out, options.seeds, options.methods, settings):
+        print(f"wrote {_short(path)}")
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", default="runs/demo", help="where everything goes (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data, weights and sampling")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["grpo", "apo"])
+    parser.add_argument("--steps", type=int, help="RL steps (default: as in the YAML files)")
+    parser.add_argument("--nproc", type=int, default=2, help="Megatron ranks (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a few steps only: does it run? Not a result")
+    parser.add_argument("--fresh", action="store_true", help="repeat stages that have finished before")
+    options = parser.parse_args(argv)
+    options.seeds, options.methods = list(dict.fromkeys(options.seeds)), list(dict.fromkeys(options.methods))
+    return options
+
+
+def _torchrun(nproc: int, module: str, config: Path, overrides: Sequence[str]) -> tuple[str, ...]:
+    script = Path(sys.executable).parent / "torchrun"
+    launcher = (str(script),) if script.exists() else (sys.executable, "-m", "torch.distributed.run")
+    # The YAML files say TP = 2, which one process cannot have.
+    layout = ("parallel.tensor_parallel_size=1",) if nproc == 1 else ()
+    command = (
+        *launcher,
+        "--standalone",
+        "--nproc-per-node",
+        str(nproc),
+        "-m",
+        module,
+        "--config",
+        str(config),
+    )
+    return _relative((*command, *overrides, *layout))
+
+
+def _relative(command: Sequence[str]) -> tuple[str, ...]:
+    """Paths below ROOT (where all commands run) made relative, so that they can be read."""
+    return tuple(part.replace(f"{ROOT}{os.sep}", "") for part in command)
+
+
+def _short(path: Path) -> str:
+    return str(path).replace(f"{ROOT}{os.sep}", "")
+
+
+def _shell(command: Sequence[str]) -> str:
+    """For a shell in ROOT; one line an override."""
+    parts = [shlex.quote(part) for part in command]
+    is_override = ["=" in part for part in command]
+    head = " ".join(part for part, own_line in zip(parts, is_override, strict=True) if not own_line)
+    tail = [part for part, own_line in zip(parts, is_override, strict=True) if own_line]
+    return " \\\n    ".join([f"OMP_NUM_THREADS=1 {head}", *tail])
+
+
+def _identity(command: Sequence[str]) -> list[str]:
+    return [part for part in command if not part.startswith(BASE_OVERRIDE)]
+
+
+def _run(command: Sequence[str]) -> int:
+    # One thread a rank: the ranks share the cores. Unbuffered: a log shows each line when it happens.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    try:
+        return process.wait()
+    finally:
+        if process.poll() is None:  # we were interrupted: torchrun ends its ranks
+            process.terminate()
+            process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
