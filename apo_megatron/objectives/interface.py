@@ -36,15 +36,17 @@ class LossInputs:
     reference_anchor_log_mass: Tensor | None = None  # log Z over S; -inf where S is empty
     reference_log_probs: Tensor | None = None  # log pi_ref(y)
     rollout_log_probs: Tensor | None = None  # log-prob that the engine reported
+    sampled_in_support: Tensor | None = None  # [T] bool, y in M; means something only where A < 0
 
 
 @dataclass(frozen=True)
 class TokenMetric:
-    """A named metric as per-token values; reduced to a mean (and quantiles) over the mini-batch."""
+    """A named metric as per-token values, reduced over the whole mini-batch (``diagnostics.py``)."""
 
-    values: Tensor  # [T], detached by the reduction
+    values: Tensor  # [T] float or bool; may be anything outside the mask
     mask: Tensor | None = None  # [T] bool, tokens that count; None = all
-    quantiles: bool = False  # also report 5, 50 and 95 % of the values (positive values only)
+    reduction: Literal["mean", "sum"] = "mean"  # sum: of shares that were weighted before
+    quantiles: bool = False  # also report 5, 50, 95 % and the maximum; values must not be negative
 
 
 @dataclass(frozen=True)

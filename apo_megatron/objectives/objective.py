@@ -1,0 +1,113 @@
+"""The objective of a run: a loss, its regularizers and metrics, and what they need computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from apo_megatron.config.schema import ObjectiveConfig
+from apo_megatron.objectives.interface import LossInputs, Need, TokenMetric
+from apo_megatron.objectives.registry import POLICY_LOSSES, PolicyLossSpec
+from apo_megatron.objectives.regularizers import entropy_bonus, kl_penalty
+from apo_megatron.objectives.token_metrics import policy_metrics, reference_metrics, support_metrics
+
+ReferenceScope = Literal["none", "wrong", "all"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Callable on the tokens of one micro-batch; its properties tell the actor what to prepare."""
+
+    spec: PolicyLossSpec
+    cfg: ObjectiveConfig
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Optional inputs without which the loss cannot be computed."""
+        needs: set[Need] = set(self.spec.needs)
+        if self.uses_kl_penalty:
+            needs.add("reference_log_probs")
+        if self.uses_entropy_bonus:
+            needs.add("entropy_grad")
+        return frozenset(needs)
+
+    @property
+    def uses_kl_penalty(self) -> bool:
+        return self.cfg.use_kl_loss or self.cfg.use_kl_loss_on_wrong
+
+    @property
+    def uses_entropy_bonus(self) -> bool:
+        return self.cfg.entropy_coeff > 0
+
+    @property
+    def needs_reference_log_probs(self) -> bool:
+        """Whether the reference pass has to keep log pi_ref(y)."""
+        return "reference_log_probs" in self.needs
+
+    @property
+    def needs_support(self) -> bool:
+        """Whether the reference pass has to keep the anchor support, for the loss or for its telemetry."""
+        return "anchor" in self.needs or (self.spec.uses_rollouts and self.cfg.support_telemetry)
+
+    @property
+    def reference_scope(self) -> ReferenceScope:
+        """Which tokens need a reference pass: none, those with A < 0, or all."""
+        if self.cfg.use_kl_loss:
+            return "all"
+        return "wrong" if self.needs_support or self.needs_reference_log_probs else "none"
+
+    @property
+    def support_size(self) -> int:
+        """K of the reference support; 0 where none is needed."""
+        return self.cfg.apo_topk if self.needs_support else 0
+
+    @property
+    def exclude_sampled(self) -> bool:
+        """Whether the sampled token is left out of its anchor support (exclusive anchoring)."""
+        return self.cfg.apo_exclude_sampled
+
+    def __call__(self, inputs: LossInputs, weights: Tensor) -> tuple[Tensor, dict[str, TokenMetric]]:
+        """This micro-batch's share of the mini-batch's loss, and its metrics.
+
+        ``weights`` [T]: 1 / the denominator of the whole mini-batch (``aggregation.sequence_weights``). The
+        scalar is sum_t weights[t] * loss[t]; the shares of all micro-batches and ranks add up to the loss,
+        which is also the metric ``loss``. Tokens of weight 0 add exactly 0, whatever their loss is. With
+        T = 0 the scalar is 0, still differentiable, and the names of the metrics are the same.
+        """
+        outputs = self.spec.function(inputs, self.cfg)
+        loss, metrics = outputs.loss, dict(outputs.metrics)
+        if self.spec.uses_rollouts:
+            metrics["policy_loss"] = TokenMetric(loss)
+        if self.uses_kl_penalty:
+            penalty = kl_penalty(inputs, self.cfg)
+            loss = loss + penalty.loss
+            metrics |= penalty.metrics
+        if self.uses_entropy_bonus:
+            loss = loss + entropy_bonus(inputs, self.cfg).loss
+        shares = torch.where(weights == 0, 0.0, weights * loss)
+        metrics |= self._telemetry(inputs)
+        metrics["loss"] = TokenMetric(shares, reduction="sum")
+        return shares.sum(), metrics
+
+    def _telemetry(self, inputs: LossInputs) -> dict[str, TokenMetric]:
+        metrics = {"entropy": TokenMetric(inputs.entropy)}
+        if self.spec.uses_rollouts:
+            is_wrong = inputs.advantages < 0
+            has_reference = torch.ones_like(is_wrong) if self.reference_scope == "all" else is_wrong
+            metrics |= policy_metrics(inputs)
+            metrics |= reference_metrics(inputs, has_reference)
+            metrics |= support_metrics(inputs, self.cfg)
+        return metrics
+
+
+def build_objective(cfg: ObjectiveConfig) -> Objective:
+    """The RL objective that a configuration describes."""
+    return Objective(POLICY_LOSSES[cfg.loss_mode], cfg)
+
+
+def supervised_objective() -> Objective:
+    """Cross-entropy of demonstrations: no rollouts, no reference, no regularizers."""
+    return Objective(POLICY_LOSSES["supervised"], ObjectiveConfig())

@@ -1,0 +1,89 @@
+"""What to watch, per token. Names are the field's; the same names come out for no token at all (T = 0)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apo_megatron.config.schema import ObjectiveConfig
+from apo_megatron.objectives.interface import LossInputs, TokenMetric
+from apo_megatron.objectives.kl import kl_k3
+from apo_megatron.objectives.ratios import anchor_ratio, importance_ratio
+
+Metrics = dict[str, TokenMetric]
+
+
+@torch.no_grad()
+def clip_metrics(ratio: Tensor, advantages: Tensor, cfg: ObjectiveConfig) -> Metrics:
+    """Which tokens the surrogate of ``ratio`` [T] clips, so that they have no gradient.
+
+    ``clip_fraction_low`` (A < 0, ratio < 1 - clip_low), ``clip_fraction_high`` (A > 0, ratio > 1 + clip_high)
+    and ``dual_clip_fraction`` are shares of all tokens; ``rectified_clip_fraction`` is the share of the
+    tokens with A < 0 that are clipped on either side.
+    """
+    is_wrong = advantages < 0
+    is_low = is_wrong & (ratio < 1 - cfg.clip_low)
+    is_high = (advantages > 0) & (ratio > 1 + cfg.clip_high)
+    is_dual = torch.zeros_like(is_low) if cfg.dual_clip is None else is_wrong & (ratio > cfg.dual_clip)
+    metrics = {
+        "clip_fraction_low": TokenMetric(is_low),
+        "clip_fraction_high": TokenMetric(is_high),
+        "rectified_clip_fraction": TokenMetric(is_low | is_dual, is_wrong),
+    }
+    if cfg.dual_clip is not None:
+        metrics["dual_clip_fraction"] = TokenMetric(is_dual)
+    return metrics
+
+
+@torch.no_grad()
+def policy_metrics(inputs: LossInputs) -> Metrics:
+    """Distance to the old policy and to the rollout engine.
+
+    ``kl_old`` is k3 of KL(pi_old || pi_theta), whose samples these are: r - 1 - log r.
+    ``rollout_log_prob_gap`` is |old_log_probs - rollout_log_probs| in nats: the same weights, two engines.
+    """
+    metrics = {
+        "importance_ratio": TokenMetric(
+            importance_ratio(inputs.log_probs, inputs.old_log_probs), quantiles=True
+        ),
+        "kl_old": TokenMetric(kl_k3(inputs.old_log_probs, inputs.log_probs)),
+        "wrong_token_fraction": TokenMetric(inputs.advantages < 0),
+    }
+    if inputs.rollout_log_probs is not None:
+        gap = (inputs.old_log_probs - inputs.rollout_log_probs).abs()
+        metrics["rollout_log_prob_gap"] = TokenMetric(gap, quantiles=True)
+    return metrics
+
+
+@torch.no_grad()
+def reference_metrics(inputs: LossInputs, has_reference: Tensor) -> Metrics:
+    """``kl_reference``: k3 of KL(pi_theta || pi_ref) on the tokens of ``has_reference`` [T] bool."""
+    if inputs.reference_log_probs is None:
+        return {}
+    return {"kl_reference": TokenMetric(kl_k3(inputs.log_probs, inputs.reference_log_probs), has_reference)}
+
+
+@torch.no_grad()
+def support_metrics(inputs: LossInputs, cfg: ObjectiveConfig) -> Metrics:
+    """P, Z, a and the coverage of the reference Top-K, on tokens with A < 0 (the others have no reference).
+
+    ``support_coverage`` is the sum of pi_theta over M: P, plus pi_theta(y) where y is in M and was left
+    out of S. In float64, because masses go far below what fp32 can hold.
+    """
+    if inputs.anchor_log_mass is None or inputs.reference_anchor_log_mass is None:
+        return {}
+    is_wrong = inputs.advantages < 0
+    log_mass, reference_log_mass = inputs.anchor_log_mass.double(), inputs.reference_anchor_log_mass.double()
+    anchor_mass = log_mass.exp()
+    ratio = anchor_ratio(log_mass, reference_log_mass)
+    metrics = {
+        "anchor_mass": TokenMetric(anchor_mass, is_wrong, quantiles=True),
+        "reference_anchor_mass": TokenMetric(reference_log_mass.exp(), is_wrong, quantiles=True),
+        "anchor_ratio": TokenMetric(ratio, is_wrong, quantiles=True),
+    }
+    if inputs.sampled_in_support is not None:
+        excluded = inputs.sampled_in_support & cfg.apo_exclude_sampled
+        sampled_mass = torch.where(excluded, inputs.log_probs.double().exp(), 0.0)
+        metrics["support_coverage"] = TokenMetric(anchor_mass + sampled_mass, is_wrong)
+        metrics["sampled_in_support"] = TokenMetric(inputs.sampled_in_support, is_wrong)
+    return metrics
