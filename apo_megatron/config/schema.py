@@ -375,6 +375,7 @@ class EvalConfig(Section):
     evaluation: EvaluationConfig
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
+    prompt_field: str = Field("prompt", description="Column of the problems with the prompt text.")
     output_path: str = Field("evaluation.json", description="Where the result goes (JSON).")
 
     @rule
