@@ -1,0 +1,74 @@
+"""Loads tokenizers, checks that they fit the model, and encodes texts in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from apo_megatron.errors import ConfigError, DataError
+
+
+def load_tokenizer(hf_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory (or hub id). Raises ConfigError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(str(hf_path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"model.hf_path={hf_path}: no tokenizer could be loaded ({error}); expected a directory with "
+            "tokenizer.json and tokenizer_config.json, or a hub id"
+        ) from error
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source: str | Path) -> None:
+    """Refuse, with ConfigError, a tokenizer without EOS or with ids that the model has no embedding for.
+
+    ``vocab_size`` is the model's number of real tokens (fewer in the tokenizer are fine: models pad their
+    embedding); ``source`` says where the tokenizer came from.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"{source}: the tokenizer has token ids up to {largest}, the model's vocab_size is {vocab_size}: "
+            "take the tokenizer that belongs to the model, or resize the model's embedding"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"{source}: the tokenizer has no EOS token, so no response could end: set eos_token in "
+            "tokenizer_config.json"
+        )
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], path: str | Path, line_numbers: Sequence[int]
+) -> list[list[int]]:
+    """Token ids of every text, without special tokens, truncation or padding.
+
+    ``texts[i]`` came from line ``line_numbers[i]`` of ``path``: named by the DataError that is raised when
+    it cannot be encoded (a word that a closed vocabulary lacks, a lone surrogate).
+    """
+    try:
+        return _encode(tokenizer, texts)
+    except Exception as batch_error:  # the tokenizers library raises nothing narrower
+        for text, line_number in zip(texts, line_numbers, strict=True):
+            try:
+                _encode(tokenizer, [text])
+            except Exception as error:
+                raise DataError(
+                    f"{path}:{line_number}: the tokenizer cannot encode {text[:80]!r} ({error}): "
+                    "mend the text, or take a tokenizer that knows its words"
+                ) from error
+        raise batch_error
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    # __call__ rather than the faster backend: it switches off a truncation saved in tokenizer.json.
+    encoding = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return encoding["input_ids"]
