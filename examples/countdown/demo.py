@@ -5,10 +5,12 @@
 
 Every stage is a command of its own, printed before it runs, so that each can be repeated alone:
 
-    OUT/seed0/data   problems, demonstrations, an untrained model     prepare.py
-    OUT/seed0/sft    the base: supervised cold start                  apo_megatron.sft
-    OUT/seed0/grpo   RL from the base, one folder a method            apo_megatron.train
-    OUT              results.json, table.md, comparison.png           report.py
+    OUT/data   problems, demonstrations, an untrained model     prepare.py
+    OUT/base   the base: supervised cold start                  apo_megatron.sft
+    OUT/grpo   RL from the base, one folder a method            apo_megatron.train
+    OUT        results.json, table.md, comparison.png           report.py
+
+With several seeds each has its folders under OUT/seed0, OUT/seed1, ...
 
 Run again, it goes on after the last stage that finished with the same command (--fresh: from the start).
 """
@@ -28,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from report import METHODS, write_report
+from report import BASE, METHODS, write_report
 
 from apo_megatron.telemetry.progress import duration
 
@@ -133,7 +135,7 @@ def sft_stage(folder: Path, seed: int, nproc: int, quick: bool) -> Stage:
 def rl_stage(folder: Path, seed: int, nproc: int, quick: bool, steps: int | None, with_base: bool) -> Stage:
     """RL by the method that ``folder`` is named after; ``with_base`` evaluates the policy it starts from."""
     overrides = (
-        f"model.hf_path={folder.parent / 'sft' / 'hf'}",
+        f"model.hf_path={folder.parent / BASE / 'hf'}",
         f"data.train_path={folder.parent / 'data' / 'train.jsonl'}",
         f"evaluation.data_path={folder.parent / 'data' / 'heldout.jsonl'}",
         f"train.run_dir={folder}",
@@ -184,8 +186,8 @@ def run_stage(stage: Stage, progress: Progress, fresh: bool) -> bool:
 def run_seed(folder: Path, seed: int, options: argparse.Namespace, progress: Progress) -> None:
     """All stages of one seed. A stage that ran makes what was built on it out of date: that is removed."""
     data = data_stage(folder / "data", seed, options.quick)
-    sft = sft_stage(folder / "sft", seed, options.nproc, options.quick)
-    for stage, built_on_it in ((data, ("sft", *METHODS)), (sft, tuple(METHODS))):
+    sft = sft_stage(folder / BASE, seed, options.nproc, options.quick)
+    for stage, built_on_it in ((data, (BASE, *METHODS)), (sft, tuple(METHODS))):
         if run_stage(stage, progress, options.fresh):
             for name in built_on_it:
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -207,10 +209,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that stages end with us
     out = Path(options.out).resolve()
+    several = len(options.seeds) > 1
+    folders = {seed: out / f"seed{seed}" if several else out for seed in options.seeds}
     progress = Progress(["data", "sft", *["rl"] * len(options.methods)] * len(options.seeds))
     try:
-        for seed in options.seeds:
-            run_seed(out / f"seed{seed}", seed, options, progress)
+        for seed, folder in folders.items():
+            run_seed(folder, seed, options, progress)
     except StageFailed as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return error.code
@@ -223,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "nproc": options.nproc,
     }
     print(f"\n=== results | elapsed {duration(progress.elapsed)}\n", flush=True)
-    for path in write_report(out, options.seeds, options.methods, settings):
+    for path in write_report(out, folders, options.methods, settings):
         print(f"wrote {_short(path)}")
     return 0
 

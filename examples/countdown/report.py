@@ -1,4 +1,4 @@
-"""Tables and the picture of finished demo runs: reads OUT/seed*/METHOD, writes OUT/results.json and others.
+"""Tables and the picture of finished demo runs, from OUT/METHOD or OUT/seed*/METHOD.
 
     python examples/countdown/report.py runs/demo
 
@@ -76,16 +76,18 @@ def base_evaluation(folder: Path) -> Path:
     raise FileNotFoundError(2, "no run evaluated the base", str(folder / "*" / "evaluation_start.json"))
 
 
-def collect(out: Path, seeds: Sequence[int], methods: Sequence[str]) -> dict[str, list[Counts]]:
-    """Method -> its evaluation for each seed; the base first. Raises DataError, FileNotFoundError."""
-    folders = [out / f"seed{seed}" for seed in seeds]
+def collect(folders: Sequence[Path], methods: Sequence[str]) -> dict[str, list[Counts]]:
+    """Method -> its evaluation in each folder (one a seed), the base first.
+
+    Raises DataError, FileNotFoundError.
+    """
     counts = {BASE: [read_counts(base_evaluation(folder)) for folder in folders]}
     for method in methods:
         counts[method] = [read_counts(folder / method / "evaluation_final.json") for folder in folders]
     sizes = {(len(c.num_correct), c.num_samples, c.ks) for runs in counts.values() for c in runs}
     if len(sizes) != 1:
         raise DataError(
-            f"{out}: the evaluations differ in problems, samples or K: {sorted(sizes)}. Repeat the runs "
+            f"the evaluations differ in problems, samples or K: {sorted(sizes)}. Repeat the runs "
             "with the same evaluation settings (demo.py --fresh)"
         )
     return counts
@@ -218,11 +220,12 @@ def print_tables(results: Mapping[str, Any], console: Console) -> None:
     console.print()
 
 
-def run_settings(out: Path, seeds: Sequence[int], methods: Sequence[str]) -> dict[str, Any]:
+def run_settings(folders: Mapping[int, Path], methods: Sequence[str]) -> dict[str, Any]:
     """What the runs say about themselves: seeds and, of each method's first run, steps and objective."""
-    settings: dict[str, Any] = {"seeds": list(seeds), "methods": {}}
+    settings: dict[str, Any] = {"seeds": list(folders), "methods": {}}
+    first = next(iter(folders.values()))
     for method in methods:
-        path = out / f"seed{seeds[0]}" / method / "config.yaml"
+        path = first / method / "config.yaml"
         if path.exists():
             config = yaml.safe_load(path.read_text())
             settings["methods"][method] = {
@@ -234,20 +237,22 @@ def run_settings(out: Path, seeds: Sequence[int], methods: Sequence[str]) -> dic
 
 
 def write_report(
-    out: Path, seeds: Sequence[int], methods: Sequence[str], extra_settings: Mapping[str, Any]
+    out: Path, folders: Mapping[int, Path], methods: Sequence[str], extra_settings: Mapping[str, Any]
 ) -> list[Path]:
-    """Print the tables; write results.json, table.md and comparison.png under ``out``; the files written."""
-    results = summarize(collect(out, seeds, methods), seeds)
-    results["settings"] = {**extra_settings, **run_settings(out, seeds, methods)}
+    """Print the tables; write results.json, table.md and comparison.png under ``out``; the files written.
+
+    ``folders``: seed -> the folder with its methods. Raises DataError, FileNotFoundError.
+    """
+    seeds = list(folders)
+    results = summarize(collect(list(folders.values()), methods), seeds)
+    results["settings"] = {**extra_settings, **run_settings(folders, methods)}
     console = Console()
     print_tables(results, console if console.is_terminal else Console(width=LOG_WIDTH))
     results_path, table_path = out / "results.json", out / "table.md"
     results_path.write_text(json.dumps(results, indent=1) + "\n")
     table_path.write_text(markdown(results))
     histories = {
-        method: [
-            read_history((folder := out / f"seed{seed}") / method, base_evaluation(folder)) for seed in seeds
-        ]
+        method: [read_history(folder / method, base_evaluation(folder)) for folder in folders.values()]
         for method in methods
     }
     title = f"Countdown, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
@@ -255,24 +260,35 @@ def write_report(
     return [results_path, table_path, picture]
 
 
+def find_folders(out: Path) -> dict[int, Path]:
+    """Seed -> its folder: OUT/seed*, or OUT itself for a demo of one seed (0 where its runs do not say)."""
+    names = [path.name.removeprefix("seed") for path in out.glob("seed*")]
+    numbers = sorted(int(name) for name in names if name.isdigit())
+    if numbers:
+        return {seed: out / f"seed{seed}" for seed in numbers}
+    configs = [out / method / "config.yaml" for method in METHODS]
+    seeds = [yaml.safe_load(path.read_text())["train"]["seed"] for path in configs if path.exists()]
+    return {seeds[0] if seeds else 0: out}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("out", type=Path, help="folder of the demo, with seed*/METHOD in it")
+    parser.add_argument("out", type=Path, help="folder of the demo")
     out = parser.parse_args(argv).out
-    seeds = sorted(int(path.name[4:]) for path in out.glob("seed*") if path.name[4:].isdigit())
+    folders = find_folders(out)
     finished = [
         method
         for method in METHODS
-        if seeds and all((out / f"seed{s}" / method / "evaluation_final.json").exists() for s in seeds)
+        if all((folder / method / "evaluation_final.json").exists() for folder in folders.values())
     ]
     if not finished:
-        print(f"error: {out}: no method has finished for all of its seeds {seeds}", file=sys.stderr)
+        print(f"error: {out}: no method has finished for the seeds {list(folders)}", file=sys.stderr)
         return 2
     previous = out / "results.json"
     settings = json.loads(previous.read_text()).get("settings", {}) if previous.exists() else {}
-    for path in write_report(out, seeds, finished, settings):
+    for path in write_report(out, folders, finished, settings):
         print(f"wrote {path}")
     return 0
 
