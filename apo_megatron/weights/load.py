@@ -49,9 +49,7 @@ def load_hf_weights(
     table = table_of(model_chunks, architecture)
     tp_rank, tp_size = parallel.tensor_rank, parallel.dims.tensor
     with SafetensorsReader(resolve_model_path(hf_path)) as reader:
-        _check_names(reader, table)
-        for entry in table.entries():
-            entry.check_hf_shapes([reader.shape(name) for name in entry.hf_names])
+        check_checkpoint(reader, table)
         mine = list(named_entries(model_chunks, table))
         for entry, parameter in mine:
             entry.check_local_shape(tuple(parameter.shape), tp_size)
@@ -61,7 +59,11 @@ def load_hf_weights(
                 parameter.copy_(entry.to_megatron(full, tp_rank, tp_size))
 
 
-def _check_names(reader: SafetensorsReader, table: WeightTable) -> None:
+def check_checkpoint(reader: SafetensorsReader, table: WeightTable) -> None:
+    """Compare names and shapes of a checkpoint with the table; reads no tensor.
+
+    Raises WeightMappingError naming what is missing, left over or of the wrong shape.
+    """
     found = set(reader.names())
     wanted = {name for entry in table.entries() for name in entry.hf_names}
     left_over = {name for name in found - wanted if not _is_ignored(name, wanted)}
@@ -72,6 +74,8 @@ def _check_names(reader: SafetensorsReader, table: WeightTable) -> None:
                 f"{reader.folder}: {len(names)} tensors {problem}: {shown}. config.json and weights are of "
                 "different models, or the model has parts that are not supported"
             )
+    for entry in table.entries():
+        entry.check_hf_shapes([reader.shape(name) for name in entry.hf_names])
 
 
 def _is_ignored(name: str, wanted: set[str]) -> bool:

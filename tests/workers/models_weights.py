@@ -1,4 +1,4 @@
-"""What each rank does for tests/test_models.py and tests/test_weights.py: all layouts in one set of processes."""
+"""What each rank does for tests/layout_cases.py: every layout in one set of processes."""
 
 from __future__ import annotations
 
@@ -14,33 +14,39 @@ from apo_megatron.models.build import build_policy_model
 from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.models.policy_model import PolicyModel
 from apo_megatron.parallel.state import ParallelContext, init_parallel
-from apo_megatron.weights.load import load_hf_weights
+from apo_megatron.weights.load import load_hf_weights, named_entries, table_of
 from apo_megatron.weights.source import WeightSource
+from tests.layout_cases import column_weights
 
 
 def check_layouts(payload: dict[str, Any]) -> list[dict[str, Any]]:
     """Run every case of ``payload["cases"]``: load, forward, one small gradient, stream the weights back."""
     results = []
+    layout = None
     for case in payload["cases"]:
-        parallel = init_parallel(ParallelConfig(**case["layout"]))
+        if case["layout"] != layout:  # neighbours share a layout: creating its groups takes longest
+            layout = case["layout"]
+            parallel = init_parallel(ParallelConfig(**layout))
         cfg = ModelConfig(hf_path=case["hf_path"], dtype=case["dtype"], make_vocab_size_divisible_by=8)
         architecture = read_architecture(cfg.hf_path)
         chunks = build_policy_model(architecture, cfg, parallel)
         load_hf_weights(chunks, architecture, cfg.hf_path, parallel)
-        result: dict[str, Any] = {"streams": {}}
+        result: dict[str, Any] = {
+            "tensor_rank": parallel.tensor_rank,
+            "pipeline_rank": parallel.pipeline_rank,
+            "data_rank": parallel.data_rank,
+            "streams": {},
+        }
         for bucket_bytes in case["bucket_bytes"]:
             source = WeightSource(chunks, architecture, parallel, bucket_bytes)
             buckets = [[(name, t.clone()) for name, t in bucket] for bucket in source.buckets()]
             result["streams"][bucket_bytes] = buckets
-        if case["forward"]:
-            result["logits"] = run_schedule(chunks, parallel, payload["micro_batches"], forward_only=True)
-            run_schedule(chunks, parallel, payload["micro_batches"], forward_only=False)
-            result["gradients"] = {
-                name: parameter.grad
-                for chunk in chunks
-                for name, parameter in chunk.named_parameters()
-                if name in ("embedding.word_embeddings.weight", "output_layer.weight")
-            }
+        result["logits"] = run_schedule(chunks, parallel, payload["micro_batches"], forward_only=True)
+        run_schedule(chunks, parallel, payload["micro_batches"], forward_only=False)
+        result["gradients"] = {
+            entry.megatron_name: parameter.grad
+            for entry, parameter in named_entries(chunks, table_of(chunks, architecture))
+        }
         results.append(result)
     return results
 
@@ -60,8 +66,11 @@ def run_schedule(
 
         def loss(output: Tensor) -> Any:
             logits = gather_from_tensor_model_parallel_region(output, group=parallel.tensor_group)
-            columns = torch.arange(logits.shape[1]) % 5 - 2.0
-            return (logits * columns).sum(), torch.tensor(1), {"logits": logits.detach()}
+            return (
+                (logits * column_weights(logits.shape[1])).sum(),
+                torch.tensor(1),
+                {"logits": logits.detach()},
+            )
 
         return local, loss
 

@@ -1,0 +1,219 @@
+"""The policy model: config.json to logits and gradients, against transformers, in every layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from apo_megatron.config.schema import ModelConfig
+from apo_megatron.errors import ConfigError
+from apo_megatron.models.build import build_policy_model
+from apo_megatron.models.hf_config import read_architecture
+from apo_megatron.models.local_modules import SDPACoreAttention
+from apo_megatron.models.transformer_config import build_transformer_config, padded_vocab_size
+from apo_megatron.parallel.state import ParallelDims
+from apo_megatron.weights.table import build_table
+from tests.layout_cases import CASES, LAYOUTS, VOCAB_SIZE, checkpoint, reference, results
+from tests.tiny_models import Family, make_tiny_model
+
+CPU = torch.device("cpu")
+FP32_CASES = [case for case in CASES if case[2] == "float32"]
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_logits_of_masked_rows_equal_transformers(case: tuple[Family, str, str]) -> None:
+    family, layout, dtype = case
+    expected = reference(family).logits
+    tolerance = 2e-5 if dtype == "float32" else 0.25
+    last_stage = LAYOUTS[layout].get("pipeline_parallel_size", 1) - 1
+    for rank in results()[case]:
+        if rank["pipeline_rank"] != last_stage:
+            assert rank["logits"] == []
+            continue
+        for logits, rows in zip(rank["logits"], expected, strict=True):
+            assert logits.shape == (rows.shape[0], padded_vocab_size(VOCAB_SIZE, 8, 2))
+            torch.testing.assert_close(logits[:, :VOCAB_SIZE].float(), rows, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", FP32_CASES, ids="-".join)
+def test_gradients_equal_transformers(case: tuple[Family, str, str]) -> None:
+    """After the sums that Megatron's finalisation makes: over SP and QK-norm parts, and the tied copies."""
+    family, layout, _ = case
+    found: dict[str, Tensor] = {}
+    for name, gradient in _full_gradients(family, layout, results()[case]):
+        found[name] = found[name] + gradient if name in found else gradient
+    expected = reference(family).gradients
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = gradient.abs().max()
+        torch.testing.assert_close(found[name] / scale, gradient / scale, rtol=0, atol=1e-5, msg=name)
+
+
+def _full_gradients(family: Family, layout: str, ranks: list[dict[str, Any]]) -> list[tuple[str, Tensor]]:
+    table = build_table(read_architecture(checkpoint(family)), padded_vocab_size(VOCAB_SIZE, 8, 2))
+    sums_norms = LAYOUTS[layout].get("sequence_parallel", False)
+    full = []
+    one_replica = [rank for rank in ranks if rank["data_rank"] == 0]
+    for stage in sorted({rank["pipeline_rank"] for rank in one_replica}):
+        shards = [rank["gradients"] for rank in one_replica if rank["pipeline_rank"] == stage]
+        for name in shards[0]:
+            parts = [shard[name] for shard in shards]  # ranks are in tensor-parallel order
+            replicated = "norm" in name
+            if replicated and (sums_norms or "self_attention" in name):
+                parts = [torch.stack(parts).sum(0)]
+            full += table.lookup(name).to_hf(parts[:1] if replicated else parts)
+    return full
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_rotary_frequencies_equal_transformers(factor: float) -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = LlamaConfig(hidden_size=1024, num_attention_heads=8, rope_parameters=scaling)
+    expected, attention_scale = ROPE_INIT_FUNCTIONS["llama3"](config, CPU)
+    rotary = RotaryEmbedding(
+        128,
+        1.0,
+        rotary_base=500000.0,
+        rope_scaling=True,
+        rope_scaling_factor=factor,
+        use_cpu_initialization=True,
+        cp_group=SimpleNamespace(size=lambda: 1),
+    )
+    assert attention_scale == 1.0
+    torch.testing.assert_close(rotary.inv_freq, expected, rtol=1e-6, atol=0)
+
+
+def test_packed_sequences_attend_only_within_themselves() -> None:
+    config = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0)
+    attention = SDPACoreAttention(config)
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3, 1, 4]
+    query = torch.randn(8, 4, 6, generator=generator)
+    key, value = torch.randn(2, 8, 2, 6, generator=generator)
+    ends = SimpleNamespace(cu_seqlens_q=torch.tensor([0, 3, 4, 8], dtype=torch.int32))
+    packed = attention(query, key, value, packed_seq_params=ends)
+    alone = [
+        attention(q[:, None], k[:, None], v[:, None]).squeeze(1)
+        for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+    ]
+    torch.testing.assert_close(packed, torch.cat(alone))
+    assert packed.shape == (8, 24)
+
+
+# --- reading config.json ---------------------------------------------------------------------------
+
+
+def _with_config(folder: Path, family: Family = "qwen2", **changes: Any) -> Path:
+    make_tiny_model(folder, family, tokenizer=False)
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama3"])
+def test_old_and_new_rope_keys_read_the_same(tmp_path: Path, family: Family) -> None:
+    old = read_architecture(_with_config(tmp_path / "old", family))
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    rope = {"rope_type": "default"} | config.get("rope_scaling", {}) | {"rope_theta": config["rope_theta"]}
+    new = read_architecture(
+        _with_config(
+            tmp_path / "new", family, rope_parameters=rope, rope_theta="absent", rope_scaling="absent"
+        )
+    )
+    assert new == old
+    assert (old.rope_scaling is not None) == (family == "llama3")
+
+
+def test_head_dim_is_read_where_it_is_not_the_quotient(tmp_path: Path) -> None:
+    architecture = read_architecture(_with_config(tmp_path, "qwen3"))
+    assert architecture.head_dim == 24 and architecture.hidden_size // architecture.num_heads == 16
+    assert architecture.qk_norm and not architecture.qkv_bias
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "gpt2"}, ["model_type='gpt2'", "qwen2, qwen3, llama"]),
+        ({"use_sliding_window": True}, ["use_sliding_window=True", "False"]),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope", "yarn", "default or llama3"]),
+        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "silu"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"num_hidden_layers": "absent"}, ["num_hidden_layers=None", "positive int"]),
+        ({"vocab_size": 0}, ["vocab_size=0", "positive int"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads=3", "num_attention_heads=4"]),
+    ],
+)
+def test_unsupported_settings_are_refused(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_architecture(_with_config(tmp_path, **changes))
+    for word in [str(tmp_path / "config.json"), *words]:
+        assert word in str(error.value)
+
+
+def test_llama3_scaling_that_megatron_cannot_do_is_refused(tmp_path: Path) -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 2.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    with pytest.raises(ConfigError, match="low_freq_factor=1"):
+        read_architecture(_with_config(tmp_path, "llama3", rope_scaling=scaling))
+
+
+def test_model_directory_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a directory"):
+        read_architecture(tmp_path / "no" / "model")
+    with pytest.raises(ConfigError, match="config.json: missing"):
+        read_architecture(tmp_path)
+
+
+# --- fitting model and mesh ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dims", "words"),
+    [
+        (ParallelDims(world=8, tensor=8), ["tensor_parallel_size=8", "num_attention_heads=4"]),
+        (ParallelDims(world=4, tensor=4), ["tensor_parallel_size=4", "num_key_value_heads=2"]),
+        (ParallelDims(world=4, pipeline=4), ["pipeline_parallel_size=4", "num_hidden_layers=2"]),
+        (ParallelDims(world=2, pipeline=2, virtual_pipeline=2), ["= 4 must divide", "num_hidden_layers=2"]),
+    ],
+)
+def test_mesh_that_cannot_divide_the_model(tmp_path: Path, dims: ParallelDims, words: list[str]) -> None:
+    architecture = read_architecture(_with_config(tmp_path))
+    with pytest.raises(ConfigError) as error:
+        build_transformer_config(architecture, ModelConfig(hf_path=str(tmp_path)), dims, CPU)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_transformer_engine_is_refused_without_a_gpu(tmp_path: Path) -> None:
+    architecture = read_architecture(_with_config(tmp_path))
+    cfg = ModelConfig(hf_path=str(tmp_path), transformer_impl="transformer_engine")
+    with pytest.raises(ConfigError, match="transformer_impl=transformer_engine needs a GPU"):
+        build_policy_model(architecture, cfg, SimpleNamespace(device=CPU))  # type: ignore[arg-type]
+
+
+def test_vocabulary_is_padded_to_a_multiple_of_tensor_parallel_size() -> None:
+    assert padded_vocab_size(107, 8, 2) == 112
+    assert padded_vocab_size(112, 8, 2) == 112
+    assert padded_vocab_size(151936, 128, 4) == 152064
