@@ -18,7 +18,7 @@ from torch import Tensor
 
 _CPU_SCRATCH_BYTES = 2 << 20  # stays in a core's cache
 _GPU_SCRATCH_BYTES = 32 << 20  # enough columns to hide the launch of a kernel
-_BLOCK = 64  # columns that share one maximum in the Top-K search
+_BLOCK = 128  # columns that share one maximum in the Top-K search
 
 
 class RowStatistics(NamedTuple):
@@ -111,36 +111,57 @@ def best_columns(logits: Tensor, k: int, scale: float) -> Candidates:
     columns = logits.new_full((num_rows, k), -1, dtype=torch.int64)
     row_max = logits.new_full((num_rows,), torch.finfo(dtype).min, dtype=dtype)
     sum_exp = torch.zeros_like(row_max)
-    if width == 0:
-        return Candidates(values, columns, row_max, sum_exp)
     num_found = min(k, width)
-    scratch = _scratch(logits)
-    for rows in _chunks(logits):
-        chunk = _in_compute_dtype(logits[rows], scratch)
-        found = _best_of_chunk(chunk, num_found)
-        columns[rows, :num_found] = found
-        values[rows, :num_found] = chunk.gather(1, found)
-        torch.mul(values[rows, 0], scale, out=row_max[rows])
-        shifted = exponents(chunk, row_max[rows], scale, out=scratch[: len(chunk)])
-        torch.sum(shifted.exp2_(), 1, out=sum_exp[rows])
-    return Candidates(values.add_(0.0), columns, row_max, sum_exp)  # + 0.0: -0.0 and 0.0 are one value
-
-
-def _best_of_chunk(chunk: Tensor, k: int) -> Tensor:
-    """Columns [rows, k] of the k best of chunk [rows, n], k <= n; value descending, then column ascending."""
-    num_rows, width = chunk.shape
+    if num_found == 0:
+        return Candidates(values, columns, row_max, sum_exp)
     num_blocks = width // _BLOCK
     if num_blocks <= k:
-        return _first_largest(chunk, k)
+        num_blocks = 0  # every column is a candidate
+    scratch = _scratch(logits)
+    # The 64-bit keys of the search and their temporaries take several times the room of the maxima.
+    search_width = 8 * (num_blocks + 1 + min(width, k * _BLOCK))
+    block_max = logits.new_empty((_rows_per_chunk(logits, search_width), num_blocks + 1), dtype=dtype)
+    for rows in _chunks(logits, search_width):
+        part, maxima = logits[rows], block_max[: len(logits[rows])]
+        _scan_blocks(part, scale, maxima, row_max[rows], sum_exp[rows], scratch)
+        candidates = _candidate_columns(maxima[:, :-1], k, width)
+        candidate_values = part.gather(1, candidates).to(dtype).add_(0.0)  # makes -0.0 and 0.0 one value
+        best = _first_largest(candidate_values, num_found)
+        values[rows, :num_found] = candidate_values.gather(1, best)
+        columns[rows, :num_found] = candidates.gather(1, best)
+    return Candidates(values, columns, row_max, sum_exp)
+
+
+def _scan_blocks(
+    logits: Tensor, scale: float, block_max: Tensor, row_max: Tensor, sum_exp: Tensor, scratch: Tensor
+) -> None:
+    """One pass over logits [rows, n] that fills block_max [rows, B + 1], row_max [rows] and sum_exp [rows].
+
+    The last column of block_max is the maximum of the columns after the B whole blocks.
+    """
+    num_blocks = block_max.shape[1] - 1
     in_blocks = num_blocks * _BLOCK
-    block_max = chunk[:, :in_blocks].unflatten(1, (num_blocks, _BLOCK)).amax(2)
+    for rows in _chunks(logits):
+        chunk = _in_compute_dtype(logits[rows], scratch)
+        maxima = block_max[rows].fill_(-torch.inf)
+        if num_blocks > 0:
+            maxima[:, :-1] = chunk[:, :in_blocks].unflatten(1, (num_blocks, _BLOCK)).amax(2)
+        if in_blocks < logits.shape[1]:
+            maxima[:, -1] = chunk[:, in_blocks:].amax(1)
+        torch.amax(maxima, 1, out=row_max[rows]).mul_(scale)
+        shifted = exponents(chunk, row_max[rows], scale, out=scratch[: len(chunk)])
+        torch.sum(shifted.exp2_(), 1, out=sum_exp[rows])
+
+
+def _candidate_columns(block_max: Tensor, k: int, width: int) -> Tensor:
+    """The columns [rows, C] int64 of the k best blocks and those after the last block, ascending."""
+    num_rows, num_blocks = block_max.shape
+    rest = torch.arange(num_blocks * _BLOCK, width, device=block_max.device).expand(num_rows, -1)
+    if num_blocks == 0:
+        return rest
     blocks = _first_largest(block_max, k).sort(1).values
-    offsets = torch.arange(_BLOCK, device=chunk.device)
-    columns = (blocks.unsqueeze(2) * _BLOCK + offsets).flatten(1)
-    if in_blocks < width:
-        rest = torch.arange(in_blocks, width, device=chunk.device)
-        columns = torch.cat([columns, rest.expand(num_rows, -1)], 1)
-    return columns.gather(1, _first_largest(chunk.gather(1, columns), k))
+    offsets = torch.arange(_BLOCK, device=block_max.device)
+    return torch.cat([(blocks.unsqueeze(2) * _BLOCK + offsets).flatten(1), rest], 1)
 
 
 def _first_largest(values: Tensor, k: int) -> Tensor:
@@ -150,22 +171,23 @@ def _first_largest(values: Tensor, k: int) -> Tensor:
     """
     if values.dtype == torch.float64:
         return values.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    bits = (values + 0.0).view(torch.int32)
+    bits = (values + 0.0).view(torch.int32)  # -0.0 and 0.0 are one value
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
     positions = torch.arange(values.shape[1], device=values.device)
     return ((ordered.to(torch.int64) << 32) - positions).topk(k, 1).indices
 
 
-def _chunks(logits: Tensor) -> Iterator[slice]:
-    step = _rows_per_chunk(logits)
+def _chunks(logits: Tensor, width: int | None = None) -> Iterator[slice]:
+    step = _rows_per_chunk(logits, width)
     for start in range(0, len(logits), step):
         yield slice(start, start + step)
 
 
-def _rows_per_chunk(logits: Tensor) -> int:
-    num_rows, width = logits.shape
+def _rows_per_chunk(logits: Tensor, width: int | None = None) -> int:
+    """Rows that fit the scratch, in compute dtype, at ``width`` columns (default: those of the logits)."""
     num_bytes = _CPU_SCRATCH_BYTES if logits.device.type == "cpu" else _GPU_SCRATCH_BYTES
-    return max(1, min(num_rows, num_bytes // (max(1, width) * compute_dtype(logits).itemsize)))
+    row_bytes = max(1, logits.shape[1] if width is None else width) * compute_dtype(logits).itemsize
+    return max(1, min(len(logits), num_bytes // row_bytes))
 
 
 def _scratch(logits: Tensor) -> Tensor:
