@@ -83,7 +83,7 @@ ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimator] = {
 
 
 def _centered(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """R - mean of the group's judged samples [P, G], 0 where there is nothing to learn; their number [P, 1]."""
+    """R - mean of the judged samples [P, G], 0 where there is nothing to learn; their number [P, 1]."""
     is_judged = ~rewards.isnan()
     num_judged = is_judged.sum(dim=1, keepdim=True)
     mean = torch.where(is_judged, rewards, 0.0).sum(dim=1, keepdim=True) / num_judged.clamp(min=1)

@@ -26,7 +26,7 @@ def sequence_weights(mode: LossAggregation, lengths: Tensor, constant: int | Non
     """
     trained = lengths.double()
     is_trained = trained > 0
-    num_sequences = is_trained.sum()
+    num_sequences = is_trained.double().sum()
     if mode == "token-mean":
         denominators = trained.sum().expand_as(trained)
     elif mode == "seq-mean-token-mean":
