@@ -71,7 +71,8 @@ def _read_file(path: Path) -> YamlSource:
         raise ConfigError(f"{place}: not YAML: {error}") from error
     if not isinstance(source.values, dict):
         raise ConfigError(
-            f"{path}: found {describe_value(source.values)}, expected sections such as\ntrain:\n  num_steps: 100"
+            f"{path}: found {describe_value(source.values)}, expected sections with their fields, as in "
+            "docs/configuration.md"
         )
     return source
 
@@ -90,9 +91,8 @@ def _apply_override(
         return [f"{origin}: {_unknown(cls, key)}"]
     section = section_of(parent.model_fields[key[-1]])
     if section is not None:
-        return [
-            f"{origin}: {name} is a section: name one of its fields, as in {name}.{next(iter(section.model_fields))}"
-        ]
+        example = f"{name}.{next(iter(section.model_fields))}"
+        return [f"{origin}: {name} is a section: name one of its fields, as in {example}=..."]
     try:
         value = read_yaml(text).values
     except YamlError as error:

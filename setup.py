@@ -1,0 +1,57 @@
+"""Package metadata. The versions that the tests run with are in constraints.txt; docs/design-notes.md says
+what each dependency is for."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# Lower bounds are what the code, or megatron-core, is known to need; upper bounds stop at the next release
+# that may break an interface we use.
+INSTALL_REQUIRES = [
+    "megatron-core>=0.16,<0.17",  # reaches into its schedules and optimizer: one minor version at a time
+    "torch>=2.6",  # megatron-core's own lower bound
+    "transformers>=5,<6",
+    "safetensors>=0.8",
+    "tokenizers>=0.23",
+    "datasets>=5,<6",
+    "math-verify>=0.9,<0.10",
+    "numpy>=2",
+    "pydantic>=2.7,<3",
+    "pyyaml>=6",
+    "psutil>=5.9",  # megatron-core does not declare it, and its checkpoint writers cannot work without it
+    "rich>=13",
+    "tensorboard>=2.16",
+    "matplotlib>=3.8",
+]
+# NVIDIA Apex is not on the package index, where an unrelated project holds its name: it is built from source
+# where wanted (docs/design-notes.md) and nothing requires it.
+EXTRAS_REQUIRE = {
+    "gpu": ["transformer-engine[pytorch]"],
+    "sglang": ["sglang"],  # pins its own torch and transformers: give it an environment of its own
+    "ray": ["ray"],
+    "wandb": ["wandb"],
+    "dev": ["pytest>=8", "ruff", "mypy", "types-PyYAML", "pre-commit"],
+}
+
+setup(
+    name="apo_megatron",
+    version="0.1.0",
+    description="RL with verifiable rewards on Megatron-Core, with Anchored Policy Optimization (APO)",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(
+        include=["apo_megatron", "apo_megatron.*", "checkpoints_convert", "checkpoints_convert.*"]
+    ),
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={
+        "console_scripts": [
+            "apo-train = apo_megatron.train:main",
+            "apo-sft = apo_megatron.sft:main",
+            "apo-eval = apo_megatron.evaluate:main",
+        ]
+    },
+)

@@ -1,0 +1,496 @@
+"""Configuration: what is refused and how it is said, and that every shipped YAML and page is up to date."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from apo_megatron.config import (
+    EvalConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    RLConfig,
+    SFTConfig,
+    dump_config,
+    load_config,
+)
+from apo_megatron.config.describe import describe_type, section_of
+from apo_megatron.config.section import Section
+from apo_megatron.errors import ConfigError
+from tools import document_config
+
+ROOT = Path(__file__).resolve().parent.parent
+MINIMAL = """\
+model: {hf_path: model}
+data: {train_path: train.jsonl}
+train: {run_dir: run, num_steps: 10}
+"""
+MINIMAL_EVAL = "model: {hf_path: model}\nevaluation: {data_path: heldout.jsonl}\n"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def problems(path: Path, overrides: Sequence[str] = (), cls: type[BaseModel] = RLConfig) -> list[str]:
+    """The lines of the ConfigError, without the folder and without the headline of several problems."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(cls, path, overrides)
+    lines = [line.strip().replace(f"{path.parent}/", "") for line in str(caught.value).splitlines()]
+    return lines[1:] if len(lines) > 1 else lines
+
+
+def problem(path: Path, overrides: Sequence[str] = (), cls: type[BaseModel] = RLConfig) -> str:
+    (line,) = problems(path, overrides, cls)
+    return line
+
+
+# --- what is read ---------------------------------------------------------------------------------
+
+
+def test_defaults_then_file_then_overrides(file: Path) -> None:
+    file.write_text(MINIMAL + "objective: {clip_low: 0.1, clip_high: 0.3}\n")
+    cfg = load_config(RLConfig, file, ["objective.clip_high=0.4", "train.num_steps=7", "train.num_steps=8"])
+    assert (cfg.objective.apo_topk, cfg.objective.clip_low, cfg.objective.clip_high) == (8, 0.1, 0.4)
+    assert cfg.train.num_steps == 8  # of two overrides the last one counts
+
+
+def test_overrides_reach_sections_that_the_file_lacks_and_plain_fields(tmp_path: Path) -> None:
+    path = tmp_path / "eval.yaml"
+    path.write_text(MINIMAL_EVAL)
+    cfg = load_config(EvalConfig, path, ["rollout.top_p=0.9", "output_path=a=b.json", "evaluation.ks=[1, 8]"])
+    assert cfg.rollout.top_p == 0.9
+    assert cfg.output_path == "a=b.json"
+    assert cfg.evaluation.ks == (1, 8)
+
+
+def test_yaml_1_1_does_not_surprise(file: Path) -> None:
+    """YAML 1.1 reads 1e-6 as text and 2026-01-31 as a date."""
+    assert yaml.safe_load("1e-6") == "1e-6"
+    file.write_text(
+        MINIMAL.replace("run_dir: run", "run_dir: 2026-01-31") + "optimizer: {lr: 2e-6, adam_eps: 1E-9}"
+    )
+    cfg = load_config(RLConfig, file, ["optimizer.min_lr=1e-7", "optimizer.clip_grad=1"])
+    assert (cfg.optimizer.lr, cfg.optimizer.adam_eps, cfg.optimizer.min_lr) == (2e-6, 1e-9, 1e-7)
+    assert isinstance(cfg.optimizer.clip_grad, float)
+    assert cfg.train.run_dir == "2026-01-31"
+
+
+@pytest.mark.parametrize("empty", ["", "null"])
+def test_an_override_can_take_a_value_back(file: Path, empty: str) -> None:
+    file.write_text(MINIMAL + "objective: {dual_clip: 3}\n")
+    assert load_config(RLConfig, file, [f"objective.dual_clip={empty}"]).objective.dual_clip is None
+
+
+def test_a_configuration_is_frozen(file: Path) -> None:
+    cfg = load_config(RLConfig, file)
+    with pytest.raises(ValidationError, match="frozen"):
+        cfg.train.num_steps = 3  # type: ignore[misc]
+    hash(cfg)  # lists would make it mutable inside
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("optimiser: {lr: 1.0}", "run.yaml:4: optimiser: unknown field, did you mean optimizer?"),
+        (
+            "objective:\n  apo_top_k: 8",
+            "run.yaml:5: objective.apo_top_k: unknown field, did you mean objective.apo_topk?",
+        ),
+        ("rollout: {lr: 1.0}", "run.yaml:4: rollout.lr: unknown field, did you mean optimizer.lr?"),
+        ("reward: {zzzzz: 1}", "run.yaml:4: reward.zzzzz: unknown field, known in reward: name"),
+        ("1: x", "run.yaml:4: 1: unknown field, known in the file: model, data, train, parallel, "),
+        (
+            "rollout: {group_size: '8'}",
+            "run.yaml:4: rollout.group_size: found '8', expected whole number >= 1",
+        ),
+        (
+            "rollout: {group_size: 8.0}",
+            "run.yaml:4: rollout.group_size: found 8.0, expected whole number >= 1",
+        ),
+        ("rollout: {top_p: 0}", "run.yaml:4: rollout.top_p: found 0, expected number > 0 and <= 1"),
+        ("optimizer: {lr: true}", "run.yaml:4: optimizer.lr: found true, expected number > 0"),
+        ("optimizer: {lr: .inf}", "run.yaml:4: optimizer.lr: found inf, expected number > 0"),
+        ("optimizer: {lr: .nan}", "run.yaml:4: optimizer.lr: found nan, expected number > 0"),
+        ("checkpoint: {export_hf: 1}", "run.yaml:4: checkpoint.export_hf: found 1, expected true or false"),
+        (
+            "logging: {wandb_project: no}",
+            "run.yaml:4: logging.wandb_project: found false, expected text or null",
+        ),
+        (
+            "objective: {dual_clip: [1]}",
+            "run.yaml:4: objective.dual_clip: found [1], expected number or null",
+        ),
+        (
+            "objective: {kl_estimator: k4}",
+            "run.yaml:4: objective.kl_estimator: found 'k4', expected one of k1, k2, k3",
+        ),
+        (
+            "evaluation: {ks: 8}",
+            "run.yaml:4: evaluation.ks: found 8, expected list, each a whole number >= 1",
+        ),
+        ("evaluation: {ks: [1, 0]}", "run.yaml:4: evaluation.ks.1: found 0, expected list, each a whole "),
+        (
+            "reward: countdown",
+            "run.yaml:4: reward: found 'countdown', expected a section with the fields name",
+        ),
+        ("reward:", "run.yaml:4: reward: found null, expected a section with the fields name"),
+        ("train: {run_dir: r}", "run.yaml:4: train: given twice, first on line 3: keep one"),
+        (
+            "optimizer:\n  lr: 1.0\n  lr: 2.0",
+            "run.yaml:6: optimizer.lr: given twice, first on line 5: keep one",
+        ),
+    ],
+)
+def test_a_bad_line_is_named(file: Path, extra: str, expected: str) -> None:
+    file.write_text(MINIMAL + extra + "\n")
+    assert problems(file)[0].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.num_steps", "override train.num_steps: expected section.field=value"),
+        ("=3", "override =3: : unknown field, known in the file: model, data"),
+        (
+            "train.num_step=3",
+            "override train.num_step=3: train.num_step: unknown field, did you mean train.num_steps?",
+        ),
+        ("num_steps=3", "override num_steps=3: num_steps: unknown field, did you mean train.num_steps?"),
+        ("trian.seed=3", "override trian.seed=3: trian.seed: unknown field, did you mean train.seed"),
+        ("train.seed.x=3", "override train.seed.x=3: train.seed.x: unknown field, did you mean train.seed?"),
+        ("train=3", "override train=3: train is a section: name one of its fields, as in train.run_dir=..."),
+        ("train.seed=[1", "override train.seed=[1: the value is not YAML: "),
+        ("train.seed=x", "override train.seed=x: train.seed: found 'x', expected whole number >= 0"),
+        ("train.seed=", "override train.seed=: train.seed: found null, expected whole number >= 0"),
+    ],
+)
+def test_a_bad_override_is_named(file: Path, override: str, expected: str) -> None:
+    assert problem(file, [override]).startswith(expected)
+
+
+def test_a_missing_field_says_what_it_is(file: Path) -> None:
+    file.write_text("model: {hf_path: model}\ntrain: {run_dir: run}\n")
+    section, field = problems(file)
+    assert section.startswith("run.yaml: data: missing, expected a section with the fields train_path, ")
+    assert (
+        field == "run.yaml:2: train.num_steps: missing, expected whole number >= 1 (Rollout-and-train steps.)"
+    )
+
+
+def test_all_problems_are_reported_at_once(file: Path) -> None:
+    file.write_text(
+        MINIMAL + "parallel: {sequence_parallel: 1}\nrollout: {temprature: 1}\nrollout: {top_p: 2}\n"
+    )
+    found = problems(file, ["objective.apo_topk=0", "nothing=1"])
+    assert len(found) == 5
+    named = (
+        "rollout: given twice",
+        "nothing",
+        "parallel.sequence_parallel",
+        "rollout.top_p",
+        "objective.apo_topk",
+    )
+    assert all(any(name in line for line in found) for name in named)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"train: {a: 1\nmodel: 2\n", "run.yaml:2: not YAML: "),
+        (b"a: 1\n\tb: 2\n", "run.yaml:2: not YAML: "),
+        (b"a: 1\n--- \nb: 2\n", "run.yaml:2: not YAML: "),
+        (
+            b"a: !!python/object/apply:os.getcwd []\n",
+            "run.yaml:1: not YAML: could not determine a constructor",
+        ),
+        (b"a: !!int x\n", "run.yaml: not YAML: "),
+        (b"a: \x07\n", "run.yaml: not YAML: "),
+        (b"a: \xff\n", "run.yaml: not UTF-8 text (byte 3)"),
+        (b"- 1\n- 2\n", "run.yaml: found [1, 2], expected sections"),
+        (b"", "run.yaml: found null, expected sections"),
+    ],
+)
+def test_a_file_that_is_no_configuration(file: Path, content: bytes, expected: str) -> None:
+    file.write_bytes(content)
+    assert problem(file).startswith(expected)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "No such file" in problem(tmp_path / "missing.yaml")
+    assert "Is a directory" in problem(tmp_path)
+
+
+def test_aliases_that_point_back_end(file: Path) -> None:
+    file.write_text(MINIMAL + "rollout: &a\n  b: *a\n")
+    assert "rollout.b: unknown field" in problem(file)
+
+
+# --- rules across fields --------------------------------------------------------------------------
+
+# (config, rule, overrides that break it and nothing else, fields that the message must name)
+BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
+    (
+        RLConfig,
+        "sequence_parallel_needs_tensor_parallel",
+        ["parallel.sequence_parallel=true"],
+        ["parallel:", "sequence_parallel=true", "tensor_parallel_size"],
+    ),
+    (
+        RLConfig,
+        "virtual_pipeline_needs_pipeline",
+        ["parallel.virtual_pipeline_parallel_size=2"],
+        ["parallel:", "virtual_pipeline_parallel_size=2", "pipeline_parallel_size > 1"],
+    ),
+    (
+        RLConfig,
+        "context_parallel_is_not_available",
+        ["parallel.context_parallel_size=2"],
+        ["parallel:", "context_parallel_size=2"],
+    ),
+    (
+        RLConfig,
+        "expert_parallel_is_not_available",
+        ["parallel.expert_parallel_size=4"],
+        ["parallel:", "expert_parallel_size=4"],
+    ),
+    (
+        RLConfig,
+        "wrong_tokens_must_not_start_clipped",
+        ["objective.apo_pull_coeff=0.3"],
+        ["objective:", "apo_push_coeff - apo_pull_coeff = 0.75", "(0.8, 1.28)", "clip_low", "clip_high"],
+    ),
+    (
+        RLConfig,
+        "dual_clip_is_above_the_clip_range",
+        ["objective.dual_clip=1.28"],
+        ["objective:", "dual_clip=1.28", "clip_high"],
+    ),
+    (
+        RLConfig,
+        "one_kl_loss_at_most",
+        ["objective.use_kl_loss=true", "objective.use_kl_loss_on_wrong=true"],
+        ["objective:", "use_kl_loss and use_kl_loss_on_wrong"],
+    ),
+    (
+        RLConfig,
+        "constant_goes_with_its_aggregation",
+        ["objective.loss_aggregation=seq-mean-token-sum-norm"],
+        ["objective:", "loss_aggregation=seq-mean-token-sum-norm", "loss_aggregation_constant"],
+    ),
+    (
+        RLConfig,
+        "constant_goes_with_its_aggregation",
+        ["objective.loss_aggregation_constant=100"],
+        ["objective:", "loss_aggregation=token-mean", "loss_aggregation_constant", "100"],
+    ),
+    (
+        RLConfig,
+        "min_lr_is_not_above_lr",
+        ["optimizer.min_lr=1e-3"],
+        ["optimizer:", "min_lr=0.001", "lr=1e-06"],
+    ),
+    (RLConfig, "ks_fit_into_the_samples", ["evaluation.ks=[]"], ["evaluation:", "ks=[]"]),
+    (
+        RLConfig,
+        "ks_fit_into_the_samples",
+        ["evaluation.num_samples=128"],
+        ["evaluation:", "ks=", "num_samples >= 256", "128"],
+    ),
+    (
+        RLConfig,
+        "interval_needs_problems",
+        ["evaluation.interval=5"],
+        ["evaluation:", "interval=5", "data_path"],
+    ),
+    (
+        RLConfig,
+        "groups_are_needed_for_advantages",
+        ["rollout.group_size=1"],
+        ["rollout.group_size=1", "objective.advantage_estimator=grpo"],
+    ),
+    (
+        RLConfig,
+        "mini_batches_are_not_empty",
+        ["train.num_mini_batches=9", "data.prompts_per_step=4", "rollout.group_size=2"],
+        ["train.num_mini_batches=9", "data.prompts_per_step=4", "rollout.group_size=2", "8 samples"],
+    ),
+    (
+        RLConfig,
+        "warmup_ends_before_training",
+        ["optimizer.lr_warmup_steps=20", "train.num_mini_batches=2"],
+        ["optimizer.lr_warmup_steps=20", "20 updates"],
+    ),
+    (
+        SFTConfig,
+        "warmup_ends_before_training",
+        ["optimizer.lr_warmup_steps=10"],
+        ["optimizer.lr_warmup_steps=10", "10 updates"],
+    ),
+    (EvalConfig, "problems_are_named", ["evaluation.data_path=null"], ["evaluation.data_path=null"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("cls", "overrides", "named"),
+    [(cls, overrides, named) for cls, _, overrides, named in BROKEN_RULES],
+    ids=[f"{cls.__name__}-{rule}-{len(overrides)}" for cls, rule, overrides, _ in BROKEN_RULES],
+)
+def test_a_broken_rule_names_its_fields(
+    file: Path, cls: type[Section], overrides: list[str], named: list[str]
+) -> None:
+    if cls is EvalConfig:
+        file.write_text(MINIMAL_EVAL)
+    load_config(cls, file)  # kept before the overrides
+    message = problem(file, overrides, cls)
+    assert [part for part in named if part not in message] == []
+
+
+def _sections_below(cls: type[BaseModel]) -> Iterator[type[Section]]:
+    assert issubclass(cls, Section)
+    yield cls
+    for info in cls.model_fields.values():
+        section = section_of(info)
+        if section is not None:
+            yield from _sections_below(section)
+
+
+def test_every_rule_has_a_case_and_every_case_its_rule() -> None:
+    rules = {
+        (section.__name__, rule)
+        for cls in (RLConfig, SFTConfig, EvalConfig)
+        for section in _sections_below(cls)
+        for rule in section.rules()
+    }
+    # Rules of a section are proved through RLConfig; those of a whole command through that command.
+    proved = {
+        (section.__name__, rule)
+        for cls, rule, _, _ in BROKEN_RULES
+        for section in _sections_below(cls)
+        if rule in section.rules()
+    }
+    assert rules == proved
+    assert {rule for _, rule in rules} == {rule for _, rule, _, _ in BROKEN_RULES}
+
+
+def test_rules_of_a_section_are_reported_together(file: Path) -> None:
+    found = problems(
+        file, ["objective.dual_clip=1", "objective.use_kl_loss=true", "objective.use_kl_loss_on_wrong=true"]
+    )
+    assert ["dual_clip" in found[0], "use_kl_loss" in found[1], len(found)] == [True, True, 2]
+
+
+@pytest.mark.parametrize(
+    ("push", "pull", "is_refused"),
+    [
+        (1.05, 0.1, False),
+        (1.05, 0.25, True),  # 0.8, the boundary itself
+        (1.38, 0.1, True),  # 1.28, which floats put just under 1 + clip_high
+        (1.05, 0.24, False),
+        (1.0, 0.0, False),
+    ],
+)
+def test_push_minus_pull_lies_strictly_inside_the_clip_range(
+    file: Path, push: float, pull: float, is_refused: bool
+) -> None:
+    overrides = [f"objective.apo_push_coeff={push}", f"objective.apo_pull_coeff={pull}"]
+    if is_refused:
+        assert "every wrong token would start clipped" in problem(file, overrides)
+    else:
+        load_config(RLConfig, file, overrides)
+    load_config(RLConfig, file, [*overrides, "objective.loss_mode=vanilla"])  # which has neither
+
+
+# --- what is shipped ------------------------------------------------------------------------------
+
+SHIPPED = sorted((ROOT / "examples").rglob("*.yaml"))
+
+
+def command_of(path: Path) -> type[BaseModel]:
+    """The config class of a shipped YAML: its head says how it is run."""
+    commands = set(re.findall(r"^#.* -m (apo_megatron\.\w+) --config", path.read_text(), re.MULTILINE))
+    assert len(commands) == 1, (
+        f"{path.name}: one comment must name its command (... -m apo_megatron.x --config ...)"
+    )
+    return document_config.COMMANDS[commands.pop()]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shipped_configurations_load(path: Path) -> None:
+    load_config(command_of(path), path)
+
+
+def test_something_is_shipped() -> None:
+    assert SHIPPED
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    assert document_config.PAGE.read_text() == document_config.render(), "make docs"
+
+
+def test_the_example_of_the_reference_page_loads(file: Path) -> None:
+    example = re.search(r"```yaml\n(.*?)```", document_config.render(), re.DOTALL)
+    assert example is not None
+    file.write_text(example.group(1))
+    load_config(RLConfig, file)
+
+
+@pytest.mark.parametrize("cls", [RLConfig, SFTConfig, EvalConfig])
+def test_every_field_is_documented_and_has_a_type_in_words(cls: type[BaseModel]) -> None:
+    for section in _sections_below(cls):
+        assert section.__doc__
+        for name, info in section.model_fields.items():
+            assert describe_type(info)
+            assert section_of(info) or info.description, f"{section.__name__}.{name}"
+        assert all(getattr(section, rule).__doc__ for rule in section.rules())
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def test_a_dumped_configuration_loads_equal(file: Path, tmp_path: Path) -> None:
+    overrides = [
+        "rollout.stop_token_ids=[3, 5]",
+        "optimizer.lr=1e-6",
+        "model.hf_path=Modèle",
+        "evaluation.ks=[1]",
+    ]
+    cfg = load_config(RLConfig, file, overrides)
+    written = tmp_path / "resolved.yaml"
+    written.write_text("what was there before")
+    dump_config(cfg, written)
+    assert load_config(RLConfig, written) == cfg
+    assert "Modèle" in written.read_text(encoding="utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "resolved.yaml",
+        "run.yaml",
+    ]  # nothing left over
+
+
+def test_a_failed_write_leaves_the_old_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: Any, **_kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    cfg = load_config(RLConfig, file)
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="disk full"):
+        dump_config(cfg, file)
+    assert file.read_text() == MINIMAL
+
+
+def test_sections_can_be_built_in_code() -> None:
+    assert EvaluationConfig(ks=(1, 2)).ks == (1, 2)
+    with pytest.raises(ValidationError):
+        OptimizerConfig(lr="1e-6")  # type: ignore[arg-type]
