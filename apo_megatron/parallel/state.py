@@ -28,6 +28,7 @@ class ParallelDims:
     context: int = 1
     expert: int = 1
     sequence_parallel: bool = False
+    distributed_optimizer: bool = True
 
     @property
     def model(self) -> int:
@@ -50,6 +51,7 @@ class ParallelDims:
             context=cfg.context_parallel_size,
             expert=cfg.expert_parallel_size,
             sequence_parallel=cfg.sequence_parallel,
+            distributed_optimizer=cfg.distributed_optimizer,
         )
         if world % dims.model != 0:
             raise ConfigError(

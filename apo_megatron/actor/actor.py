@@ -1,0 +1,207 @@
+"""The Megatron actor: the policy on this rank, its passes over a batch and its updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from torch import Tensor
+
+from apo_megatron.actor.forward_step import TokenFunction, VocabEnd, run_forward, run_forward_backward
+from apo_megatron.actor.micro_batches import split_into_micro_batches
+from apo_megatron.actor.optimizer import build_optimizer, build_scheduler
+from apo_megatron.actor.snapshot import WeightSnapshot
+from apo_megatron.config.schema import ModelConfig, OptimizerConfig
+from apo_megatron.models.build import build_policy_model
+from apo_megatron.models.hf_config import read_architecture
+from apo_megatron.models.transformer_config import padded_vocab_size
+from apo_megatron.objectives.diagnostics import MetricSums
+from apo_megatron.objectives.interface import TokenMetric
+from apo_megatron.objectives.objective import Objective
+from apo_megatron.parallel.collectives import any_rank, broadcast_from_last_stage, sum_over_data_parallel
+from apo_megatron.parallel.state import ParallelContext
+from apo_megatron.parallel.vocab import VocabShard
+from apo_megatron.types import MicroBatch
+from apo_megatron.weights.load import load_hf_weights
+from apo_megatron.weights.source import WeightSource
+
+
+class MegatronActor:
+    """Policy, optimizer and schedule of this rank. Every method is collective: all ranks call it.
+
+    ``num_updates`` is the length of the learning-rate schedule; ``temperature`` divides the logits of
+    every distribution; ``micro_batch_size`` is in sequences.
+    """
+
+    def __init__(
+        self,
+        model_cfg: ModelConfig,
+        optimizer_cfg: OptimizerConfig,
+        parallel: ParallelContext,
+        micro_batch_size: int,
+        num_updates: int,
+        temperature: float = 1.0,
+    ) -> None:
+        self.parallel = parallel
+        self.architecture = read_architecture(model_cfg.hf_path)
+        self.micro_batch_size = micro_batch_size
+        dtype = getattr(torch, model_cfg.dtype)
+        models = build_policy_model(self.architecture, model_cfg, parallel)
+        load_hf_weights(models, self.architecture, model_cfg.hf_path, parallel)
+        self.config = models[0].config
+        ddp_cfg = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.dims.distributed_optimizer
+        )
+        self.model_chunks = [DistributedDataParallel(self.config, ddp_cfg, model) for model in models]
+        # The loss is already divided by the denominators of the whole mini-batch.
+        self.config.finalize_model_grads_func = _finalize_without_rescaling
+        self.optimizer = build_optimizer(
+            optimizer_cfg, self.model_chunks, dtype, parallel.dims.distributed_optimizer
+        )
+        self.scheduler = build_scheduler(optimizer_cfg, self.optimizer, num_updates)
+        columns = padded_vocab_size(
+            self.architecture.vocab_size, model_cfg.make_vocab_size_divisible_by, parallel.dims.tensor
+        )
+        self.vocab_end = VocabEnd(
+            VocabShard.of_rank(
+                parallel.tensor_rank,
+                parallel.dims.tensor,
+                columns,
+                self.architecture.vocab_size,
+                parallel.tensor_group,
+            ),
+            temperature,
+        )
+        self.consecutive_skips = 0
+        self._weight_source = WeightSource(models, self.architecture, parallel)
+
+    def weight_source(self) -> WeightSource:
+        """Streams the current weights as Hugging Face tensors."""
+        return self._weight_source
+
+    def snapshot(self) -> WeightSnapshot:
+        """A host copy of this rank's weights as they are now."""
+        return WeightSnapshot(p for chunk in self.model_chunks for p in chunk.parameters())
+
+    @contextmanager
+    def weights_from(self, snapshot: WeightSnapshot) -> Iterator[None]:
+        """The model holds ``snapshot``'s weights inside the block."""
+        with snapshot.in_place():
+            yield
+
+    def attach_old_log_probs(self, sequences: MicroBatch) -> MicroBatch:
+        """Fill ``old_log_probs`` with the log-probs under the current weights."""
+        results = self._forward(sequences, self.vocab_end.log_probs)
+        if not results:
+            return sequences
+        return sequences.with_fields(
+            old_log_probs=_at_tokens(results["log_probs"], sequences.loss_mask, fill=0.0)
+        )
+
+    def attach_reference(
+        self, sequences: MicroBatch, objective: Objective
+    ) -> tuple[MicroBatch, dict[str, float]]:
+        """Fill the reference fields that ``objective`` needs; call it with the reference weights in place.
+
+        Only sequences with a token of negative advantage go through the model, unless the objective
+        needs all; elsewhere the log values are NaN and the ids -1. Also returns reference metrics.
+        """
+        if objective.reference_scope == "none":
+            return sequences, {}
+        rows = torch.arange(sequences.num_sequences, device=sequences.tokens.device)
+        if objective.reference_scope == "wrong":
+            rows = rows[(sequences.advantages < 0).any(dim=1)]
+        chosen = sequences.select(rows)
+        results = self._forward(
+            chosen,
+            partial(
+                self.vocab_end.reference,
+                topk=objective.support_size,
+                exclude_sampled=objective.exclude_sampled,
+            ),
+        )
+        mask = torch.zeros_like(sequences.loss_mask)
+        mask[rows] = chosen.loss_mask
+        filled: dict[str, Tensor] = {}
+        sums = MetricSums()
+        if results and objective.needs_reference_log_probs:
+            filled["reference_log_probs"] = _at_tokens(results["log_probs"], mask, fill=math.nan)
+        if results and objective.needs_support:
+            filled["reference_support_ids"] = _at_tokens(results["support_ids"], mask, fill=-1)
+            filled["reference_anchor_log_mass"] = _at_tokens(results["anchor_log_mass"], mask, fill=math.nan)
+            is_wrong = chosen.advantages[chosen.loss_mask] < 0
+            sums.add({"support_coverage_reference": TokenMetric(results["coverage"], is_wrong)})
+        return sequences.with_fields(**filled), self._reduce(sums)
+
+    def update(self, mini_batch: MicroBatch, objective: Objective) -> dict[str, float]:
+        """One optimizer update on ``mini_batch``; its metrics, the same on every rank.
+
+        A loss or gradient that is not finite leaves weights, optimizer and schedule as they are and
+        counts in ``skipped_update`` (and ``consecutive_skips``).
+        """
+        for chunk in self.model_chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = MetricSums()
+        run_forward_backward(
+            self.model_chunks,
+            split_into_micro_batches(mini_batch, self.micro_batch_size, self.parallel),
+            partial(self.vocab_end.loss, objective),
+            sums.add,
+        )
+        metrics = self._reduce(sums)
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        finite = not any_rank(not self._gradients_are_finite(), self.parallel)
+        if finite:
+            _, grad_norm, _ = self.optimizer.step()
+            self.scheduler.step(increment=1)
+            self.consecutive_skips = 0
+        else:
+            grad_norm = math.nan
+            self.consecutive_skips += 1
+        return {
+            **metrics,
+            "grad_norm": float(grad_norm),
+            "learning_rate": learning_rate,
+            "skipped_update": float(not finite),
+        }
+
+    def _forward(self, sequences: MicroBatch, function: TokenFunction) -> dict[str, Tensor]:
+        micro_batches = split_into_micro_batches(sequences, self.micro_batch_size, self.parallel)
+        return run_forward(self.model_chunks, micro_batches, function)
+
+    def _reduce(self, sums: MetricSums) -> dict[str, float]:
+        """Metrics over the whole mini-batch: summed over data parallel where the loss is, then told to all."""
+        metrics: dict[str, float] = {}
+        if self.parallel.is_last_stage:
+            flat = sums.flat().to(self.parallel.device)
+            sums.load_flat(sum_over_data_parallel(flat, self.parallel).cpu())
+            metrics = sums.finalize()
+        return broadcast_from_last_stage(metrics, self.parallel)
+
+    def _gradients_are_finite(self) -> bool:
+        # The largest magnitude needs no temporary of the size of the gradients, and NaN propagates.
+        return all(
+            bool(torch.linalg.vector_norm(buffer.grad_data, ord=math.inf).isfinite())
+            for chunk in self.model_chunks
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+        )
+
+
+def _finalize_without_rescaling(model: list[torch.nn.Module], _num_tokens: object, **kwargs: object) -> None:
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _at_tokens(values: Tensor, mask: Tensor, fill: float) -> Tensor:
+    """[T, ...] per-token ``values`` put where ``mask`` [B, S] is set, ``fill`` elsewhere: [B, S, ...]."""
+    result = values.new_full((*mask.shape, *values.shape[1:]), fill)
+    result[mask] = values
+    return result

@@ -1,0 +1,133 @@
+"""From sample groups to padded tensors: the only next-token shift, and the global denominators.
+
+Every rank holds all groups of the step (advantages need them), so every rank derives the same
+mini-batches and the same denominators; a rank keeps only its own share of the sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from apo_megatron.config.schema import ObjectiveConfig
+from apo_megatron.objectives.aggregation import sequence_weights
+from apo_megatron.parallel.state import ParallelContext
+from apo_megatron.types import MicroBatch, SampleGroup
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """One sequence to train on."""
+
+    token_ids: np.ndarray  # [L] int, prompt then response
+    prompt_length: int
+    advantage: float = 0.0
+    rollout_log_probs: np.ndarray | None = None  # [L - prompt_length] float32
+
+
+@dataclass
+class Batch:
+    """One step's sequences of this data rank, divided into mini-batches (one optimizer update each)."""
+
+    sequences: MicroBatch  # [N, S], mini-batch after mini-batch
+    mini_batch_sizes: tuple[int, ...]  # of this rank; sums to N
+
+    def mini_batches(self) -> list[MicroBatch]:
+        """The share of this rank in each mini-batch (possibly empty)."""
+        rows = torch.arange(self.sequences.num_sequences, device=self.sequences.tokens.device)
+        return [self.sequences.select(part) for part in rows.split(list(self.mini_batch_sizes))]
+
+
+def trained_sequences(groups: Sequence[SampleGroup]) -> list[TrainingSequence]:
+    """The samples that carry a gradient: those of groups with mixed rewards that were judged.
+
+    Groups with zero spread have advantage 0 everywhere and are left out (apo.md 2.6).
+    """
+    chosen = []
+    for group in groups:
+        if not any(sample.advantage for sample in group.samples):
+            continue
+        for sample in group.samples:
+            if sample.advantage is None:
+                continue
+            completion = sample.completion
+            chosen.append(
+                TrainingSequence(
+                    token_ids=np.concatenate([group.prompt.token_ids, completion.token_ids]),
+                    prompt_length=len(group.prompt.token_ids),
+                    advantage=sample.advantage,
+                    rollout_log_probs=completion.log_probs,
+                )
+            )
+    return chosen
+
+
+def make_batch(
+    sequences: Sequence[TrainingSequence],
+    objective: ObjectiveConfig,
+    parallel: ParallelContext,
+    *,
+    num_mini_batches: int,
+    seed: int,
+    step: int,
+) -> Batch:
+    """Shuffle ``sequences`` of all ranks, cut them into mini-batches and keep this rank's share.
+
+    The division depends on ``seed`` and ``step`` only, and every denominator is taken over a whole
+    mini-batch, so loss and gradients do not depend on the layout. With fewer sequences than mini-batches
+    there are fewer mini-batches.
+    """
+    assert sequences, "an empty batch is skipped before it is collated"
+    order = torch.from_numpy(np.random.default_rng([seed, step]).permutation(len(sequences)))
+    parts = order.tensor_split(min(num_mini_batches, len(sequences)))
+    lengths = torch.tensor([len(s.token_ids) - s.prompt_length for s in sequences])
+    weights = torch.zeros(len(sequences))
+    for part in parts:
+        weights[part] = sequence_weights(
+            objective.loss_aggregation, lengths[part], objective.loss_aggregation_constant
+        ).float()
+    mine = [part[parallel.data_rank :: parallel.dims.data] for part in parts]
+    rows = torch.cat(mine).tolist()
+    # Sequence parallelism cuts the padded length into equal pieces.
+    multiple = parallel.dims.tensor if parallel.dims.sequence_parallel else 1
+    padded = _pad([sequences[i] for i in rows], rows, weights[rows].tolist(), multiple)
+    if sequences[0].rollout_log_probs is None:  # demonstrations were not sampled
+        padded.pop("rollout_log_probs")
+    return Batch(
+        sequences=MicroBatch(**{name: tensor.to(parallel.device) for name, tensor in padded.items()}),
+        mini_batch_sizes=tuple(len(part) for part in mine),
+    )
+
+
+def _pad(
+    sequences: list[TrainingSequence], sequence_ids: list[int], weights: list[float], length_multiple: int
+) -> dict[str, torch.Tensor]:
+    longest = max((len(s.token_ids) for s in sequences), default=2) - 1
+    length = -(-longest // length_multiple) * length_multiple
+    shape = (len(sequences), length)
+    tokens, targets = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    mask = np.zeros(shape, bool)
+    advantages, loss_weights = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    rollout = np.zeros(shape, np.float32)
+    for row, sequence in enumerate(sequences):
+        end = len(sequence.token_ids) - 1
+        response = slice(sequence.prompt_length - 1, end)  # position t predicts token t + 1
+        tokens[row, :end] = sequence.token_ids[:-1]
+        targets[row, :end] = sequence.token_ids[1:]
+        mask[row, response] = True
+        advantages[row, response] = sequence.advantage
+        loss_weights[row, response] = weights[row]
+        if sequence.rollout_log_probs is not None:
+            rollout[row, response] = sequence.rollout_log_probs
+    return {
+        "tokens": torch.from_numpy(tokens),
+        "targets": torch.from_numpy(targets),
+        "loss_mask": torch.from_numpy(mask),
+        "advantages": torch.from_numpy(advantages),
+        "loss_weights": torch.from_numpy(loss_weights),
+        "sequence_ids": torch.tensor(sequence_ids, dtype=torch.int64),
+        "rollout_log_probs": torch.from_numpy(rollout),
+    }

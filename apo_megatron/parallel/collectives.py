@@ -1,0 +1,56 @@
+"""The collectives the rest of the program needs, by what they are for."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from apo_megatron.parallel.state import ParallelContext
+
+T = TypeVar("T")
+
+
+def all_reduce_max(value: float, parallel: ParallelContext) -> int:
+    """The largest whole ``value`` of all ranks."""
+    tensor = torch.tensor(int(value), dtype=torch.int64, device=parallel.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=parallel.world_group)
+    return int(tensor)
+
+
+def any_rank(flag: bool, parallel: ParallelContext) -> bool:
+    """True everywhere where it is True anywhere."""
+    return bool(all_reduce_max(flag, parallel))
+
+
+def all_gather_objects(value: T, parallel: ParallelContext) -> list[T]:
+    """``value`` of every rank, in rank order, on every rank (pickled between our own ranks only)."""
+    if parallel.world == 1:
+        return [value]
+    gathered: list[Any] = [None] * parallel.world
+    dist.all_gather_object(gathered, value, group=parallel.world_group)
+    return gathered
+
+
+def sum_over_data_parallel(values: torch.Tensor, parallel: ParallelContext) -> torch.Tensor:
+    """``values`` summed in place over the ranks that hold other data, within one pipeline stage."""
+    dist.all_reduce(values, group=parallel.data_group)
+    return values
+
+
+def broadcast_from_last_stage(value: T, parallel: ParallelContext) -> T:
+    """The last stage's ``value`` on every stage of this rank's pipeline."""
+    if parallel.dims.pipeline == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(
+        box, src=parallel.last_stage_rank, group=parallel.pipeline_group, device=parallel.device
+    )
+    return box[0]
+
+
+def barrier(parallel: ParallelContext) -> None:
+    """Wait for all ranks."""
+    if parallel.world > 1:
+        dist.barrier(group=parallel.world_group)

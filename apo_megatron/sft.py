@@ -1,0 +1,74 @@
+"""Supervised cold start: the same actor, batches and checkpoints, with -log pi(y) as the loss.
+
+    torchrun --nproc-per-node 2 -m apo_megatron.sft --config examples/countdown/sft.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from apo_megatron.actor.actor import MegatronActor
+from apo_megatron.actor.checkpointer import Checkpointer
+from apo_megatron.config import ObjectiveConfig, SFTConfig
+from apo_megatron.data.collate import TrainingSequence, make_batch
+from apo_megatron.data.demonstrations import DemonstrationLoader, load_demonstrations
+from apo_megatron.data.tokenizer import check_tokenizer, load_tokenizer
+from apo_megatron.models.hf_config import read_architecture
+from apo_megatron.objectives.objective import supervised_objective
+from apo_megatron.parallel.state import init_parallel
+from apo_megatron.run import Run
+from apo_megatron.telemetry.command import parse_command_line, run_command
+from apo_megatron.weights.export import export_hf_checkpoint
+
+
+def sft(cfg: SFTConfig) -> None:
+    """Run all steps and export run_dir/hf. Raises the errors of ``errors.py`` for what a user can mend."""
+    parallel = init_parallel(cfg.parallel, cfg.train.seed)
+    tokenizer = load_tokenizer(cfg.model.hf_path)
+    check_tokenizer(tokenizer, read_architecture(cfg.model.hf_path).vocab_size, cfg.model.hf_path)
+    data = cfg.data
+    demonstrations = DemonstrationLoader(
+        load_demonstrations(data.train_path, tokenizer, data.prompt_field, data.response_field, data.max_length),
+        cfg.train.batch_size,
+        cfg.train.seed,
+        data.shuffle,
+    )
+    run = Run(cfg, parallel, title="cold start")
+    actor = MegatronActor(
+        cfg.model, cfg.optimizer, parallel, cfg.train.micro_batch_size, num_updates=cfg.train.num_steps
+    )
+    objective, aggregation = supervised_objective(), ObjectiveConfig()  # token-mean
+    checkpointer = Checkpointer(run.folder / "checkpoints", parallel)
+    start = checkpointer.load_latest(actor, demonstrations) if cfg.checkpoint.resume == "auto" else 0
+    with run:
+        for step in range(start, cfg.train.num_steps):
+            with run.phase("cold start") as advance:
+                sequences = [
+                    TrainingSequence(tokens, prompt_length)
+                    for tokens, prompt_length in demonstrations.next_batch()
+                ]
+                batch = make_batch(
+                    sequences, aggregation, parallel, num_mini_batches=1, seed=cfg.train.seed, step=step
+                )
+                metrics = actor.update(batch.sequences, objective)
+                advance(len(sequences), tokens=int(np.sum([len(s.token_ids) for s in sequences])))
+            run.finish_step(step, metrics)
+            if actor.consecutive_skips >= cfg.train.max_skipped_updates:
+                raise run.diverged(checkpointer.save(step + 1, actor, demonstrations))
+            if run.is_due(cfg.checkpoint.interval, step):
+                checkpointer.save(step + 1, actor, demonstrations)
+        if cfg.checkpoint.save_final:
+            checkpointer.save(cfg.train.num_steps, actor, demonstrations)
+        if cfg.checkpoint.export_hf:
+            export_hf_checkpoint(run.folder / "hf", actor.weight_source(), cfg.model.hf_path, parallel)
+
+
+def main(argv: Sequence[str]) -> None:
+    sft(parse_command_line(argv, SFTConfig, "python -m apo_megatron.sft"))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

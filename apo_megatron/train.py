@@ -1,0 +1,96 @@
+"""RL with verifiable rewards: read ``train`` first, it is the whole loop.
+
+    torchrun --nproc-per-node 2 -m apo_megatron.train --config examples/countdown/apo.yaml
+
+Every rank runs the same program. One step: sample a group of answers for each prompt, score them, turn
+rewards into advantages, look up the reference on the wrong answers, take a few optimizer updates, push
+the new weights into the engine.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from apo_megatron.actor.actor import MegatronActor
+from apo_megatron.actor.checkpointer import Checkpointer
+from apo_megatron.config import RLConfig
+from apo_megatron.data.collate import make_batch, trained_sequences
+from apo_megatron.objectives.objective import build_objective
+from apo_megatron.parallel.state import init_parallel
+from apo_megatron.rollout.build import build_engine
+from apo_megatron.rollout.groups import (
+    assign_advantages,
+    gather_groups,
+    group_metrics,
+    sample_groups,
+    score_groups,
+    step_sampling,
+)
+from apo_megatron.run import Evaluator, Run, load_training_data, mean_metrics
+from apo_megatron.telemetry.command import parse_command_line, run_command
+from apo_megatron.weights.export import export_hf_checkpoint
+
+
+def train(cfg: RLConfig) -> None:
+    """Run all steps. Raises the errors of ``errors.py`` for what a user can mend."""
+    parallel = init_parallel(cfg.parallel, cfg.train.seed)
+    data = load_training_data(cfg)
+    run = Run(cfg, parallel, title="training")
+    num_updates = cfg.train.num_steps * cfg.train.num_mini_batches
+    actor = MegatronActor(cfg.model, cfg.optimizer, parallel, cfg.train.micro_batch_size, num_updates,
+                          cfg.rollout.temperature)
+    reference = actor.snapshot()  # pi_ref, before anything is resumed
+    objective = build_objective(cfg.objective)
+    engine = build_engine(cfg.rollout, cfg.model, parallel.device)
+    checkpointer = Checkpointer(run.folder / "checkpoints", parallel)
+    start = checkpointer.load_latest(actor, data.prompts) if cfg.checkpoint.resume == "auto" else 0
+    engine.update_weights(actor.weight_source(), version=start)
+    evaluator = Evaluator(cfg, parallel, run, engine, data)
+
+    with run:
+        if cfg.evaluation.at_start and start == 0:
+            evaluator.run("start")
+        for step in range(start, cfg.train.num_steps):
+            prompts = data.prompts.next_batch()
+            with run.phase("rollout") as advance:
+                groups = sample_groups(engine, prompts, step_sampling(cfg, step), parallel)
+                score_groups(groups, data.reward)
+                groups = gather_groups(groups, prompts, parallel)
+                assign_advantages(groups, cfg.objective)
+                metrics = group_metrics(groups)
+                advance(len(groups), tokens=round(metrics["response_tokens"]))
+            sequences = trained_sequences(groups)
+            metrics["skipped_step"] = float(not sequences)
+            if sequences:  # else every group is all right or all wrong: nothing to learn from
+                batch = make_batch(sequences, cfg.objective, parallel, seed=cfg.train.seed, step=step,
+                                   num_mini_batches=cfg.train.num_mini_batches)
+                with run.phase("old log-probs"):
+                    batch.sequences = actor.attach_old_log_probs(batch.sequences)
+                with run.phase("reference"), actor.weights_from(reference):
+                    batch.sequences, found = actor.attach_reference(batch.sequences, objective)
+                with run.phase("update"):
+                    updates = [actor.update(part, objective) for part in batch.mini_batches()]
+                with run.phase("weight sync"):
+                    engine.update_weights(actor.weight_source(), version=step + 1)
+                metrics = {**metrics, **found, **mean_metrics(updates)}
+            if run.is_due(cfg.evaluation.interval, step):
+                metrics.update(evaluator.metrics())
+            run.finish_step(step, metrics)
+            if actor.consecutive_skips >= cfg.train.max_skipped_updates:
+                raise run.diverged(checkpointer.save(step + 1, actor, data.prompts))
+            if run.is_due(cfg.checkpoint.interval, step):
+                checkpointer.save(step + 1, actor, data.prompts)
+        evaluator.run("final")
+        if cfg.checkpoint.save_final:
+            checkpointer.save(cfg.train.num_steps, actor, data.prompts)
+        if cfg.checkpoint.export_hf:
+            export_hf_checkpoint(run.folder / "hf", actor.weight_source(), cfg.model.hf_path, parallel)
+
+
+def main(argv: Sequence[str]) -> None:
+    train(parse_command_line(argv, RLConfig, "python -m apo_megatron.train"))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,86 @@
+"""An independent single-process step: transformers logits, textbook formulas, autograd, torch AdamW.
+
+Nothing of apo_megatron is used here; the formulas are written again from the definitions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+
+def run_plain(
+    model_path: str,
+    sequences: list[dict[str, Any]],
+    objective: dict[str, Any],
+    optimizer: dict[str, Any],
+    num_mini_batches: int,
+    seed: int,
+) -> dict[str, Any]:
+    """One RL step of ``num_mini_batches`` updates; losses, gradient norms and final parameters."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="eager")
+    # transformers gives the embedding of pad_token_id no gradient; as a real token it must have one.
+    model.get_input_embeddings().padding_idx = None
+    with torch.no_grad():
+        reference = [_token_log_probs(model, s) for s in sequences]
+    old = [log_probs.gather(-1, targets[:, None])[:, 0] for log_probs, targets in reference]
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    not_decayed = [p for p in model.parameters() if p.ndim == 1]
+    adam = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": optimizer["weight_decay"]}, {"params": not_decayed, "weight_decay": 0.0}],
+        lr=optimizer["lr"],
+        betas=(0.9, 0.95),
+        eps=optimizer["adam_eps"],
+    )
+    order = np.random.default_rng([seed, 0]).permutation(len(sequences))
+    losses, norms = [], []
+    for part in np.array_split(order, num_mini_batches):
+        terms = [_sequence_loss(model, sequences[i], old[i], reference[i][0], objective) for i in part]
+        if objective["loss_aggregation"] == "token-mean":
+            loss = torch.cat(terms).mean()
+        elif objective["loss_aggregation"] == "seq-mean-token-mean":
+            loss = torch.stack([t.mean() for t in terms]).mean()
+        else:
+            loss = torch.stack([t.sum() / objective["loss_aggregation_constant"] for t in terms]).mean()
+        adam.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer["clip_grad"])))
+        losses.append(float(loss.detach()))
+        adam.step()
+    return {"losses": losses, "grad_norms": norms, "parameters": {n: p.detach() for n, p in model.named_parameters()}}
+
+
+def _token_log_probs(model: torch.nn.Module, sequence: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.tensor(sequence["tokens"])
+    logits = model(tokens[None]).logits[0]
+    start = sequence["prompt_length"]
+    return torch.log_softmax(logits[start - 1 : -1], dim=-1), tokens[start:]
+
+
+def _sequence_loss(
+    model: torch.nn.Module,
+    sequence: dict[str, Any],
+    old: torch.Tensor,
+    reference: torch.Tensor,
+    objective: dict[str, Any],
+) -> torch.Tensor:
+    all_log_probs, targets = _token_log_probs(model, sequence)
+    log_probs = all_log_probs.gather(-1, targets[:, None])[:, 0]
+    advantage = sequence["advantage"]
+    ratio = torch.exp(log_probs - old)
+    if objective["loss_mode"] == "apo_ratio" and advantage < 0:
+        top = reference.topk(objective["apo_topk"], dim=-1).indices
+        keep = top != targets[:, None]  # exclusive anchoring
+        mass = (all_log_probs.exp().gather(-1, top) * keep).sum(-1)
+        reference_mass = (reference.exp().gather(-1, top) * keep).sum(-1)
+        ratio = objective["apo_push_coeff"] * ratio - objective["apo_pull_coeff"] * mass / reference_mass
+    clipped = ratio.clamp(1 - objective["clip_low"], 1 + objective["clip_high"])
+    loss = torch.maximum(-advantage * ratio, -advantage * clipped)
+    on_all, on_wrong = objective.get("use_kl_loss", False), objective.get("use_kl_loss_on_wrong", False)
+    if on_all or (on_wrong and advantage < 0):
+        difference = reference.gather(-1, targets[:, None])[:, 0] - log_probs
+        loss = loss + objective["kl_loss_coeff"] * (torch.exp(difference) - difference - 1)
+    return loss

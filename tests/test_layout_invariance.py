@@ -1,0 +1,148 @@
+"""Loss, gradient norm and parameters after two updates do not depend on the layout.
+
+Every case is compared with ``plain_reference.py``: transformers, textbook formulas and torch AdamW.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed import run_distributed
+from tests.plain_reference import run_plain
+from tests.tiny_models import make_tiny_model
+
+RELATIVE_BOUND = 1e-5
+VOCAB_SIZE, SEED, NUM_MINI_BATCHES = 107, 11, 2
+OPTIMIZER = {"lr": 1e-3, "adam_eps": 1e-4, "weight_decay": 0.1, "clip_grad": 1.0}  # eps: see below
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "tp2": {"tensor_parallel_size": 2},
+    "tp2_sp": {"tensor_parallel_size": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_parallel_size": 2},
+    "pp2_vpp2": {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2},
+    "tp2_pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+}
+# Processes -> layouts; what the layout leaves of the processes is data parallel.
+WORLDS = {
+    1: ["one"],
+    2: ["one", "tp2", "tp2_sp", "pp2", "pp2_vpp2"],  # "one" on 2 processes is DP2
+    4: ["tp2", "tp2_sp", "pp2", "pp2_vpp2", "tp2_pp2"],  # tp2 on 4 processes is TP2 x DP2
+}
+LOSSES: dict[str, dict[str, Any]] = {
+    "apo_ratio": {"loss_mode": "apo_ratio", "apo_pull_coeff": 0.15},
+    "vanilla": {"loss_mode": "vanilla"},
+    "kl": {"loss_mode": "vanilla", "use_kl_loss": True, "kl_loss_coeff": 0.5},
+    "kl_on_wrong": {"loss_mode": "vanilla", "use_kl_loss_on_wrong": True, "kl_loss_coeff": 0.5},
+}
+AGGREGATIONS: dict[str, dict[str, Any]] = {
+    "token-mean": {"loss_aggregation": "token-mean"},
+    "seq-mean-token-mean": {"loss_aggregation": "seq-mean-token-mean"},
+    "seq-mean-token-sum-norm": {"loss_aggregation": "seq-mean-token-sum-norm", "loss_aggregation_constant": 16},
+}
+DEFAULTS = {"apo_topk": 8, "apo_push_coeff": 1.05, "apo_pull_coeff": 0.1, "clip_low": 0.2, "clip_high": 0.28}
+MICRO_BATCH_SIZES = (1, 2, 5)  # 5: the last micro-batch of every mini-batch is ragged
+
+
+def _sequences() -> list[dict[str, Any]]:
+    rng = np.random.default_rng(5)
+    return [
+        {
+            "tokens": rng.integers(0, VOCAB_SIZE, prompt + response).tolist(),
+            "prompt_length": prompt,
+            "advantage": float(advantage),
+        }
+        for prompt, response, advantage in zip(
+            rng.integers(2, 9, 13).tolist(), rng.integers(1, 10, 13).tolist(), _advantages(rng), strict=True
+        )
+    ]
+
+
+def _advantages(rng: np.random.Generator) -> np.ndarray:
+    # Four wrong answers, nine right ones: a loss near 0 would have no meaningful relative difference.
+    return np.where(np.arange(13) % 4 == 1, -1.0, 1.0) * rng.uniform(0.5, 1.5, 13)
+
+
+def _cases(world: int) -> list[dict[str, Any]]:
+    sizes = itertools.cycle(MICRO_BATCH_SIZES)
+    cases = []
+    for name in WORLDS[world]:
+        for number, (loss, aggregation) in enumerate(itertools.product(LOSSES, AGGREGATIONS)):
+            cases.append(
+                {
+                    "name": f"{world}:{name}:{loss}:{aggregation}",
+                    "layout": {**LAYOUTS[name], "distributed_optimizer": number < 6},
+                    "micro_batch_size": next(sizes),
+                    "objective": {**DEFAULTS, **LOSSES[loss], **AGGREGATIONS[aggregation]},
+                    "reference": f"{loss}:{aggregation}",
+                }
+            )
+        next(sizes)  # shift, so that sizes and objectives meet in other pairs on the next layout
+    return cases
+
+
+@pytest.fixture(scope="module")
+def payload(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = make_tiny_model(tmp_path_factory.mktemp("model"), "qwen2", num_layers=4)
+    return {
+        "model_path": str(path),
+        "sequences": _sequences(),
+        "optimizer": OPTIMIZER,
+        "num_mini_batches": NUM_MINI_BATCHES,
+        "seed": SEED,
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(payload: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        f"{loss}:{aggregation}": run_plain(
+            payload["model_path"],
+            payload["sequences"],
+            {**DEFAULTS, "kl_loss_coeff": 0.0, **LOSSES[loss], **AGGREGATIONS[aggregation]},
+            OPTIMIZER,
+            NUM_MINI_BATCHES,
+            SEED,
+        )
+        for loss, aggregation in itertools.product(LOSSES, AGGREGATIONS)
+    }
+
+
+def _relative_differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    parameters = expected["parameters"]
+    assert found["parameters"].keys() == parameters.keys()
+    return {
+        "loss": max(abs(a - b) / abs(b) for a, b in zip(found["losses"], expected["losses"], strict=True)),
+        "grad_norm": max(
+            abs(a - b) / b for a, b in zip(found["grad_norms"], expected["grad_norms"], strict=True)
+        ),
+        "parameters": max(
+            float((found["parameters"][name] - value).norm() / value.norm()) for name, value in parameters.items()
+        ),
+    }
+
+
+@pytest.mark.parametrize("world", sorted(WORLDS))
+def test_update_equals_plain_torch_on_every_layout(
+    world: int, payload: dict[str, Any], expected: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    cases = _cases(world)
+    results = run_distributed(
+        world, "tests.workers.layout_invariance:run_cases", {**payload, "cases": cases}
+    )[0]
+    worst = dict.fromkeys(("loss", "grad_norm", "parameters"), 0.0)
+    failures = []
+    for case, result in zip(cases, results, strict=True):
+        differences = _relative_differences(result, expected[case["reference"]])
+        worst = {name: max(worst[name], value) for name, value in differences.items()}
+        if max(differences.values()) > RELATIVE_BOUND:
+            failures.append((case["name"], differences))
+    print(f"{world} processes, {len(cases)} cases, largest relative differences: {worst}")
+    assert not failures, failures
