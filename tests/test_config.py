@@ -181,6 +181,13 @@ def test_a_bad_override_is_named(file: Path, override: str, expected: str) -> No
     assert problem(file, [override]).startswith(expected)
 
 
+def test_an_override_of_a_section_that_is_none_reports_the_section(file: Path) -> None:
+    file.write_text(MINIMAL + "reward: 3\n")
+    assert problem(file, ["reward.name=countdown"]).startswith(
+        "run.yaml:4: reward: found 3, expected a section"
+    )
+
+
 def test_a_missing_field_says_what_it_is(file: Path) -> None:
     file.write_text("model: {hf_path: model}\ntrain: {run_dir: run}\n")
     section, field = problems(file)
