@@ -110,6 +110,8 @@ def init_parallel(cfg: ParallelConfig, seed: int = 0) -> ParallelContext:
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dims = ParallelDims.from_config(cfg, world)
+    # Megatron overlaps gradient reduction with backward only where kernels are queued in one order.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     use_cuda = torch.cuda.is_available()
     backend = "nccl" if use_cuda else "gloo"
     if use_cuda:
