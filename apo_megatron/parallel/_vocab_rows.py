@@ -125,7 +125,7 @@ def best_columns(logits: Tensor, k: int, scale: float) -> Candidates:
         part, maxima = logits[rows], block_max[: len(logits[rows])]
         _scan_blocks(part, scale, maxima, row_max[rows], sum_exp[rows], scratch)
         candidates = _candidate_columns(maxima[:, :-1], k, width)
-        candidate_values = part.gather(1, candidates).to(dtype).add_(0.0)  # makes -0.0 and 0.0 one value
+        candidate_values = part.gather(1, candidates).to(dtype).add_(0.0)  # not every sort holds -0.0 == 0.0
         best = _first_largest(candidate_values, num_found)
         values[rows, :num_found] = candidate_values.gather(1, best)
         columns[rows, :num_found] = candidates.gather(1, best)

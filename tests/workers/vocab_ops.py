@@ -47,8 +47,17 @@ def check(payload: dict[str, Any]) -> dict[str, Any]:
             counter.take()
             result = _run_case(case, shard, counter)
             results[f"{size}/{name}"] = {"start": shard.start, "end": shard.end, **result}
+    results["huge ids"] = _top_ids_at_the_end_of_int32()
     dist.destroy_process_group()
     return results
+
+
+def _top_ids_at_the_end_of_int32() -> torch.Tensor:
+    """Top-3 of ascending logits on the last columns of a vocabulary of 2^31: ids that no fp32 can hold."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    start = 2**31 - 8 * (world - rank)
+    logits = torch.arange(8.0).unsqueeze(0) + 8 * rank
+    return vocab_parallel_topk(logits, 3, VocabShard(start, start + 8, 2**31, dist.group.WORLD))[1]
 
 
 def _run_case(case: dict[str, Any], shard: VocabShard, counter: CountCollectives) -> dict[str, Any]:
