@@ -116,7 +116,13 @@ def _report_user_error(error: BaseException) -> None:
 
 
 def _report_our_mistake(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    sys.__excepthook__(kind, error, trace)
+    # Not to sys.stderr: torch.distributed wraps this hook and holds back what is printed until it returns.
+    stream = sys.__stderr__
+    if "RANK" in os.environ:
+        print(f"rank {_rank()}:", file=stream)
+    traceback.print_exception(error, file=stream)
+    if stream is not None:
+        stream.flush()
     _leave(1)
 
 

@@ -77,6 +77,7 @@ class RunDisplay:
         self._console = (console or Console(highlight=False)) if is_main else None
         self._bars: Progress | None = None
         self._run_bar: TaskID | None = None
+        self._phase_bars: dict[str, TaskID] = {}
         if self._console is not None and self._console.is_terminal:
             self._bars = _bars(self._console)
             self._run_bar = self._bars.add_task(title, total=total_steps, rate="", left="")
@@ -88,7 +89,7 @@ class RunDisplay:
         phase = _Phase(name, total, started=monotonic())
         if self._step_started is None and name != EVALUATION:
             self._step_started = phase.started
-        bar = self._bars.add_task(f"  {name}", total=total, rate="", left="") if self._bars else None
+        bar = self._show_bar(name, total)
 
         def advance(n: int, tokens: int = 0) -> None:
             phase.done += n
@@ -151,6 +152,16 @@ class RunDisplay:
     ) -> None:
         self.close()
 
+    def _show_bar(self, name: str, total: int | None) -> TaskID | None:
+        if self._bars is None:
+            return None
+        if name not in self._phase_bars:
+            self._phase_bars[name] = self._bars.add_task(f"  {name}", total=total, rate="", left="")
+        else:  # a new bar would redraw the screen at once: milliseconds, several times a step
+            bar = self._phase_bars[name]
+            self._bars.update(bar, total=total, completed=0, visible=True, rate="", left="")
+        return self._phase_bars[name]
+
     def _show(self, phase: _Phase, bar: TaskID | None) -> None:
         if self._console is None:
             return
@@ -172,8 +183,8 @@ class RunDisplay:
         if phase.name == EVALUATION and self._step_started is not None:
             self._step_evaluation_seconds += seconds
         if self._bars is not None and bar is not None:
-            self._bars.remove_task(bar)
-        elif self._console is not None and now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._bars.update(bar, visible=False)
+        elif self._console is not None and min(seconds, now - self._last_line) >= SECONDS_BETWEEN_LINES:
             rate = phase.rate_text(now)
             self._print(f"  {phase.name} done in {duration(seconds)}{' | ' + rate if rate else ''}")
 
