@@ -47,7 +47,7 @@ def test_arrays_broadcast_and_integers_give_a_float() -> None:
             assert curve[i, j] == pass_at_k(16, int(c), k)
     assert type(pass_at_k(16, 5, 4)) is float
     np.testing.assert_array_equal(pass_at_k(np.array([4, 8]), [1, 2], 4), [1.0, pass_at_k(8, 2, 4)])
-    assert pass_at_k(np.array([], dtype=int), np.array([], dtype=int), 4).shape == (0,)
+    assert np.shape(pass_at_k(np.array([], dtype=int), np.array([], dtype=int), 4)) == (0,)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ class EmbeddedEngine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_batch_size = max_batch_size
 
+    @torch.no_grad()
     def update_weights(self, source: WeightSource, version: int) -> None:
         """Copy every tensor of ``source`` into the parameter of its Hugging Face name. Collective.
 
@@ -50,9 +51,8 @@ class EmbeddedEngine:
         parameters = dict(self._model.named_parameters(remove_duplicate=False))  # tied ones: both names
         filled: set[int] = set()
         for bucket in source.buckets():
-            for name, tensor in bucket:
-                _fill(parameters, name, tensor)
-                filled.add(id(parameters[name]))
+            filled |= _copy_bucket(parameters, bucket)
+            del bucket  # its memory is needed for the next one
         missing = [name for name, p in self._model.named_parameters() if id(p) not in filled]
         if missing:
             raise RolloutError(
@@ -66,7 +66,7 @@ class EmbeddedEngine:
 
         The same prompt, seed and weights give the same completion in any batch, up to floating-point noise
         in the logits. Raises RolloutError before the first update, for a prompt that leaves no room for
-        ``max_new_tokens``, and where the model's output is not finite.
+        ``max_new_tokens``, for stop tokens that the model does not have, and where its output is not finite.
         """
         self._check(prompts, sampling)
         completions: list[list[Completion]] = [[] for _ in prompts]
@@ -86,6 +86,13 @@ class EmbeddedEngine:
     def _check(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
         if self.policy_version < 0:
             raise RolloutError("the rollout engine has no weights: call update_weights before generate")
+        vocab_size = self._model.config.vocab_size
+        outside = [i for i in self._stop_ids(sampling) if not 0 <= i < vocab_size]
+        if outside:
+            raise RolloutError(
+                f"stop tokens {outside} lie outside the model's vocabulary of {vocab_size}: mend "
+                "rollout.stop_token_ids, or eos_token_id in generation_config.json"
+            )
         limit = self._model.config.max_position_embeddings
         for prompt in prompts:
             num_tokens = len(prompt.token_ids)
@@ -97,6 +104,9 @@ class EmbeddedEngine:
                     "rollout.max_new_tokens or data.max_prompt_length"
                 )
 
+    def _stop_ids(self, sampling: SamplingParams) -> list[int]:
+        return sorted(self._eos_token_ids | set(sampling.stop_token_ids))
+
     def _complete(self, prompts: list[Prompt], samples: range, sampling: SamplingParams) -> list[Completion]:
         """Completions of one chunk, prompt by prompt."""
         uniforms = np.concatenate(
@@ -107,7 +117,7 @@ class EmbeddedEngine:
                 for p in prompts
             ]
         )
-        stop_ids = sorted(self._eos_token_ids | set(sampling.stop_token_ids))
+        stop_ids = self._stop_ids(sampling)
         tokens, log_probs, lengths = decode(
             self._model, [p.token_ids for p in prompts], uniforms, sampling, stop_ids
         )
@@ -126,17 +136,21 @@ class EmbeddedEngine:
         ]
 
 
-def _fill(parameters: dict[str, torch.nn.Parameter], name: str, tensor: torch.Tensor) -> None:
-    parameter = parameters.get(name)
-    if parameter is None:
-        raise RolloutError(f"the weight source sent {name!r}, which the rollout model does not have")
-    if parameter.shape != tensor.shape:
-        raise RolloutError(
-            f"the weight source sent {name!r} with shape {list(tensor.shape)}, the rollout model expects "
-            f"{list(parameter.shape)}"
-        )
-    with torch.no_grad():
+def _copy_bucket(
+    parameters: dict[str, torch.nn.Parameter], bucket: Sequence[tuple[str, torch.Tensor]]
+) -> set[int]:
+    """Copy the tensors into the parameters of their names; the ``id`` of each parameter that was filled."""
+    for name, tensor in bucket:
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise RolloutError(f"the weight source sent {name!r}, which the rollout model does not have")
+        if parameter.shape != tensor.shape:
+            raise RolloutError(
+                f"the weight source sent {name!r} with shape {list(tensor.shape)}, the rollout model expects "
+                f"{list(parameter.shape)}"
+            )
         parameter.copy_(tensor)
+    return {id(parameters[name]) for name, _ in bucket}
 
 
 def plan_chunks(

@@ -1,0 +1,187 @@
+"""The harness on engines with known answers, on one and two ranks, and the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from apo_megatron.config import EvaluationConfig, RolloutConfig
+from apo_megatron.errors import DataError
+from apo_megatron.evaluation import pass_at_k
+from apo_megatron.evaluation.harness import PassAtKResult, evaluate_pass_at_k
+from apo_megatron.rollout.engine import SamplingParams
+from apo_megatron.types import Completion, Prompt
+from tests.distributed import run_distributed
+from tests.test_rollout import make_engine
+from tests.tiny_models import make_tiny_model
+
+EVALUATION = EvaluationConfig(num_samples=8, ks=(1, 2, 8), bootstrap_samples=200, seed=5)
+ROLLOUT = RolloutConfig(max_new_tokens=4, max_batch_size=16)
+
+
+def make_prompts(num_prompts: int) -> list[Prompt]:
+    return [
+        Prompt(f"p{i}", "", np.arange(10 + i, 14 + 2 * i, dtype=np.int32), {"i": i})
+        for i in range(num_prompts)
+    ]
+
+
+class ScriptedEngine:
+    """Sample s of problem i says ``i + s``; every third is cut off."""
+
+    policy_version = 7
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, SamplingParams]] = []
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Completion]]:
+        self.calls.append((len(prompts), sampling))
+        return [[self._completion(p, s) for s in range(sampling.num_samples)] for p in prompts]
+
+    def _completion(self, prompt: Prompt, sample: int) -> Completion:
+        token_ids = np.zeros(1 + sample % 2, dtype=np.int32)
+        reason = "length" if sample % 3 == 0 else "stop"
+        text = f" {prompt.fields['i'] + sample} "
+        return Completion(token_ids, np.zeros(len(token_ids), np.float32), text, reason, self.policy_version)  # type: ignore[arg-type]
+
+    def update_weights(self, source: Any, version: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class DigitReward:
+    """Right: "3" and "4". Not judged: "5"."""
+
+    required_fields: Mapping[str, type] = MappingProxyType({})
+
+    def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[float]:
+        verdicts = {"3": 1.0, "4": 1.0, "5": math.nan}
+        return [verdicts.get(completion.text.strip(), 0.0) for completion in completions]
+
+
+class FirstTokenReward:
+    """Right when the first token is in the lower half of the vocabulary."""
+
+    required_fields: Mapping[str, type] = MappingProxyType({})
+
+    def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[float]:
+        return [float(completion.token_ids[0] < 53) for completion in completions]
+
+
+def test_counts_and_curves_are_those_of_the_script() -> None:
+    engine = ScriptedEngine()
+    steps: list[tuple[int, int]] = []
+    result = evaluate_pass_at_k(
+        engine,
+        make_prompts(5),
+        DigitReward(),
+        EVALUATION,
+        ROLLOUT,
+        None,
+        progress=lambda n, tokens: steps.append((n, tokens)),
+    )
+    # Problem i samples i .. i + 7: "3" is among them for i <= 3, "4" for i <= 4, "5" always.
+    assert result.num_correct == (2, 2, 2, 2, 1)
+    expected = {k: np.mean(pass_at_k(8, np.array([2, 2, 2, 2, 1]), k)) for k in (1, 2, 8)}
+    assert result.pass_at_k == pytest.approx(expected)
+    assert result.pass_at_k[8] == 1.0 and result.ci95[8] == (1.0, 1.0)
+    assert all(low <= result.pass_at_k[k] <= high for k, (low, high) in result.ci95.items())
+    assert result.ci95[1][0] < result.ci95[1][1]
+    assert result.verifier_failures == 5
+    assert result.distinct_correct == pytest.approx(9 / 5)
+    assert result.mean_response_length == 1.5
+    assert result.truncation_rate == 3 / 8
+    assert (result.num_samples, result.policy_version) == (8, 7)
+    assert result.prompt_ids == ("p0", "p1", "p2", "p3", "p4")
+    assert [size for size, _ in engine.calls] == [2, 2, 1]  # 16 sequences at a time
+    assert steps == [(2, 24), (2, 24), (1, 12)]
+
+
+def test_sampling_is_that_of_the_evaluation_section() -> None:
+    engine = ScriptedEngine()
+    cfg = EvaluationConfig(
+        num_samples=8, ks=(1, 8), temperature=0.6, top_p=0.95, seed=11, bootstrap_samples=10
+    )
+    rollout = RolloutConfig(
+        temperature=1.0, top_k=5, group_size=2, max_new_tokens=33, stop_token_ids=(4,), max_batch_size=1
+    )
+    result = evaluate_pass_at_k(engine, make_prompts(1), DigitReward(), cfg, rollout, None, num_samples=3)
+    assert engine.calls == [(1, SamplingParams(3, 0.6, 0.95, 0, 33, (4,), 11))]
+    assert list(result.pass_at_k) == list(result.ci95) == [1]  # 8 does not fit into 3 samples
+
+
+def test_a_result_survives_json() -> None:
+    result = evaluate_pass_at_k(ScriptedEngine(), make_prompts(3), DigitReward(), EVALUATION, ROLLOUT, None)
+    values = json.loads(json.dumps(result.to_json()))
+    assert values["pass_at_k"]["8"] == 1.0 and values["ci95"]["8"] == [1.0, 1.0]
+    assert PassAtKResult.from_json({**values, "config": {}}) == result
+
+
+def test_no_problems_is_an_error() -> None:
+    with pytest.raises(DataError, match="evaluation.data_path"):
+        evaluate_pass_at_k(ScriptedEngine(), [], DigitReward(), EVALUATION, ROLLOUT, None)
+
+
+def test_evaluation_does_not_depend_on_ranks_and_the_command_writes_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_tiny_model(tmp_path / "model")
+    problems = [
+        {"id": f"q{i}", "prompt": f"w{i + 2} w9 w4", "numbers": [1, 2, 3, 4, 5], "target": i}
+        for i in range(5)
+    ]
+    data = tmp_path / "problems.jsonl"
+    data.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    evaluation, rollout = EVALUATION.model_dump(mode="json"), ROLLOUT.model_dump(mode="json")
+    config = {
+        "model": {"hf_path": str(folder), "dtype": "float32"},
+        "evaluation": {**evaluation, "data_path": str(data), "max_problems": 4},
+        "rollout": rollout,
+    }
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(config))
+    output = tmp_path / "results" / "evaluation.json"
+    payload = {
+        "folder": str(folder),
+        "evaluation": evaluation,
+        "rollout": rollout,
+        "argv": ["--config", str(tmp_path / "eval.yaml"), f"output_path={output}"],
+    }
+    first, second = run_distributed(2, "tests.workers.evaluation:evaluate_on_ranks", payload)
+
+    engine = make_engine(folder, torch.float64)
+    alone = evaluate_pass_at_k(engine, make_prompts(5), FirstTokenReward(), EVALUATION, ROLLOUT, None)
+    assert first["result"] == second["result"] == alone.to_json()
+    assert 0 < sum(alone.num_correct) < 40
+    assert first["problems_shown"] == 5
+    assert first["single"] == second["single"] and first["single"]["prompt_ids"] == ["p0"]
+
+    written = json.loads(output.read_text())
+    assert PassAtKResult.from_json(written).prompt_ids == ("q0", "q1", "q2", "q3")
+    assert written["pass_at_k"] == {"1": 0.0, "2": 0.0, "8": 0.0}  # "w3 w4" solves nothing
+    assert written["config"]["evaluation"]["num_samples"] == 8
+    assert [path.name for path in output.parent.iterdir()] == ["evaluation.json"]
+
+
+def test_the_command_reports_errors_in_one_message(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "model")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "w2"}\n')
+    config = tmp_path / "eval.yaml"
+    config.write_text(
+        yaml.safe_dump({"model": {"hf_path": str(folder)}, "evaluation": {"data_path": str(bad)}})
+    )
+    command = [sys.executable, "-m", "apo_megatron.evaluate", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 2
+    assert "bad.jsonl:1" in done.stderr and "Traceback" not in done.stderr
