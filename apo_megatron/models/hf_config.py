@@ -143,14 +143,9 @@ class _Reader:
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         if missing := [name for name in names if name not in rope]:
             raise self.error("rope parameters", sorted(rope), f"{', '.join(missing)} for type llama3")
+        # Megatron-Core's rotary embedding takes only the factor; the other three are fixed there.
+        fixed = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+        if found := {name: rope[name] for name, value in fixed.items() if rope[name] != value}:
+            raise self.error("rope parameters", found, ", ".join(f"{n}={v}" for n, v in fixed.items()))
         scaling = Llama3RopeScaling(**{name: rope[name] for name in names})
-        if (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings) != (
-            *(1, 4, 8192),
-        ):
-            # Megatron-Core's rotary embedding takes only the factor; the other three are fixed there.
-            raise self.error(
-                "rope parameters",
-                rope,
-                "low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192",
-            )
         return theta, scaling
