@@ -64,7 +64,7 @@ def test_any_split_gives_the_same_result_also_with_empty_parts() -> None:
         assert result == pytest.approx(whole, rel=1e-12)
 
 
-def test_merge_copies() -> None:
+def test_merge_leaves_the_other_as_it_was() -> None:
     first, second = MetricSums(), gathered({"x": TokenMetric(torch.ones(2))})
     first.merge(second)
     first.add({"x": TokenMetric(torch.zeros(2))})

@@ -143,9 +143,9 @@ def test_surrogate_of_infinite_ratios() -> None:
 
 
 def test_zero_advantage_gives_exactly_zero() -> None:
-    ratio = leaf(0.1, 1.0, 50.0)
-    loss = clipped_surrogate(ratio, vector(0.0, 0.0, 0.0), LOW, HIGH)
-    assert loss.tolist() == [0.0] * 3 and gradient(loss, ratio).tolist() == [0.0] * 3
+    ratio = leaf(0.1, 1.0, 50.0, math.inf)
+    loss = clipped_surrogate(ratio, vector(0.0, 0.0, 0.0, 0.0), LOW, HIGH)
+    assert loss.tolist() == [0.0] * 4 and gradient(loss, ratio).tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

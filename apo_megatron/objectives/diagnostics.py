@@ -41,7 +41,7 @@ class MetricSums:
         """Add what ``other`` has gathered, for instance on other micro-batches."""
         for name, state in other._states.items():
             known = self._states.get(name)
-            self._states[name] = state.clone() if known is None else known + state
+            self._states[name] = state if known is None else known + state
             self._is_sum[name] = other._is_sum[name]
 
     def flat(self) -> Tensor:
