@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from apo_megatron.telemetry.metrics import METRICS_FILE, read_metrics
 
@@ -68,7 +69,9 @@ RUN_PANELS = (
     Panel("Anchor ratio a, median", ("anchor_ratio_p50",)),
     Panel("Share of tokens clipped low", ("clip_fraction_low",)),
     Panel("Gradient norm", ("grad_norm",)),
-    Panel("Tokens per second", ("tokens_per_second",)),
+    Panel("Groups with mixed rewards (%)", ("mixed_group_share",), percent=True),
+    Panel("Response length (tokens)", ("response_length",)),
+    Panel("Responses cut off (%)", ("truncation_rate",), percent=True),
     Panel("Seconds per step", ("time/step",)),
 )
 _LOOK: dict[Any, Any] = {
@@ -183,7 +186,7 @@ def _draw_pass_at_k(axis: Axes, results: Mapping[str, Mapping[str, Any]]) -> Non
     axis.set_xlim(right=ks[-1] * 1.15)
     axis.set_title("Pass@K on held-out problems (%)", fontsize=12)
     axis.set_xlabel("K, samples per problem (band: 95 % interval over problems)")
-    axis.legend(loc="lower right", fontsize=10.5)
+    axis.legend(loc="lower right", fontsize=10.5, handlelength=2.8)
     for height, (_, text, color) in zip(_spread([end[0] for end in ends], 4.5), ends, strict=True):
         axis.annotate(text, (ks[-1], height), xytext=(12, 0), textcoords="offset points", color=color,
                       va="center", fontweight="bold", annotation_clip=False)  # fmt: skip
@@ -212,7 +215,8 @@ def _draw_runs(axis: Axes, panel: Panel, runs: Sequence[History], style: Style) 
     if panel.points:
         axis.plot(steps, mean, style.line, color=style.color, lw=1.9, marker="o", ms=3.5, zorder=3)
     else:
-        axis.plot(steps, _smooth(mean), style.line, color=style.color, lw=1.9, zorder=3)
+        marker = "." if len(steps) < 10 else ""
+        axis.plot(steps, _smooth(mean), style.line, color=style.color, lw=1.9, marker=marker, zorder=3)
     for steps, values in drawn:
         if len(drawn) > 1:
             shown = values if panel.points else _smooth(values)
@@ -255,6 +259,7 @@ def _finish_panel(axis: Axes, panel: Panel) -> None:
     axis.ticklabel_format(axis="y", useOffset=False)
     axis.margins(x=0.02)
     axis.set_xlim(left=0)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
