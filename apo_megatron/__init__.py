@@ -7,7 +7,12 @@ import warnings
 
 __version__ = "0.1.0"
 
-# Megatron-Core says so once a module and rank while it is imported; both are optional here.
-warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed")
-# It also calls functions that newer torch versions have renamed.
-warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+# What Megatron-Core makes torch and itself say on every rank, none of it news to a user: optional packages,
+# functions that newer torch versions renamed, defaults of features that are off.
+for _message in (
+    r"(Transformer Engine and )?Apex (is|are) not installed",
+    r"`torch\.distributed\.\w+` is deprecated",
+    r"full scope is deprecated",
+    r"The \.grad attribute of a Tensor that is not a leaf Tensor",
+):
+    warnings.filterwarnings("ignore", message=_message)

@@ -45,7 +45,12 @@ def load_training_data(cfg: RLConfig) -> TrainingData:
 
     def load(path: str, max_rows: int | None = None) -> list[Prompt]:
         return load_prompts(
-            path, tokenizer, cfg.data.prompt_field, cfg.data.max_prompt_length, reward.required_fields, max_rows
+            path,
+            tokenizer,
+            cfg.data.prompt_field,
+            cfg.data.max_prompt_length,
+            reward.required_fields,
+            max_rows,
         )
 
     held_out_path = cfg.evaluation.data_path
@@ -71,8 +76,8 @@ class Run:
         resume = cfg.checkpoint.resume == "auto"
         if any_rank((self.folder / METRICS_FILE).exists(), parallel) and not resume:
             raise ConfigError(
-                f"train.run_dir={self.folder} already holds a run ({METRICS_FILE}): choose another directory, "
-                "remove it, or set checkpoint.resume=auto to go on"
+                f"train.run_dir={self.folder} already holds a run ({METRICS_FILE}): choose another "
+                "directory, remove it, or set checkpoint.resume=auto to go on"
             )
         if parallel.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Supervised cold start: the same actor, batches and checkpoints, with -log pi(y) as the loss.
 
-    torchrun --nproc-per-node 2 -m apo_megatron.sft --config examples/countdown/sft.yaml
+torchrun --nproc-per-node 2 -m apo_megatron.sft --config examples/countdown/sft.yaml
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def sft(cfg: SFTConfig) -> None:
     check_tokenizer(tokenizer, read_architecture(cfg.model.hf_path).vocab_size, cfg.model.hf_path)
     data = cfg.data
     demonstrations = DemonstrationLoader(
-        load_demonstrations(data.train_path, tokenizer, data.prompt_field, data.response_field, data.max_length),
+        load_demonstrations(
+            data.train_path, tokenizer, data.prompt_field, data.response_field, data.max_length
+        ),
         cfg.train.batch_size,
         cfg.train.seed,
         data.shuffle,
@@ -50,9 +52,8 @@ def sft(cfg: SFTConfig) -> None:
                     TrainingSequence(tokens, prompt_length)
                     for tokens, prompt_length in demonstrations.next_batch()
                 ]
-                batch = make_batch(
-                    sequences, aggregation, parallel, num_mini_batches=1, seed=cfg.train.seed, step=step
-                )
+                seed = (cfg.train.seed, step)
+                batch = make_batch(sequences, aggregation, parallel, num_mini_batches=1, seed=seed)
                 metrics = actor.update(batch.sequences, objective)
                 advance(len(sequences), tokens=int(np.sum([len(s.token_ids) for s in sequences])))
             run.finish_step(step, metrics)

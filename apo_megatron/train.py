@@ -38,8 +38,9 @@ def train(cfg: RLConfig) -> None:
     data = load_training_data(cfg)
     run = Run(cfg, parallel, title="training")
     num_updates = cfg.train.num_steps * cfg.train.num_mini_batches
-    actor = MegatronActor(cfg.model, cfg.optimizer, parallel, cfg.train.micro_batch_size, num_updates,
-                          cfg.rollout.temperature)
+    actor = MegatronActor(
+        cfg.model, cfg.optimizer, parallel, cfg.train.micro_batch_size, num_updates, cfg.rollout.temperature
+    )
     reference = actor.snapshot()  # pi_ref, before anything is resumed
     objective = build_objective(cfg.objective)
     engine = build_engine(cfg.rollout, cfg.model, parallel.device)
@@ -63,8 +64,8 @@ def train(cfg: RLConfig) -> None:
             sequences = trained_sequences(groups)
             metrics["skipped_step"] = float(not sequences)
             if sequences:  # else every group is all right or all wrong: nothing to learn from
-                batch = make_batch(sequences, cfg.objective, parallel, seed=cfg.train.seed, step=step,
-                                   num_mini_batches=cfg.train.num_mini_batches)
+                seed = (cfg.train.seed, step)
+                batch = make_batch(sequences, cfg.objective, parallel, cfg.train.num_mini_batches, seed)
                 with run.phase("old log-probs"):
                     batch.sequences = actor.attach_old_log_probs(batch.sequences)
                 with run.phase("reference"), actor.weights_from(reference):

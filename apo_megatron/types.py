@@ -89,8 +89,8 @@ class MicroBatch:
 
     def select(self, rows: torch.Tensor) -> MicroBatch:
         """The sequences at ``rows`` [n] int64, in that order."""
-        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
-        return MicroBatch(**{k: None if v is None else v[rows] for k, v in chosen.items()})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return self.with_fields(**{name: None if t is None else t[rows] for name, t in tensors.items()})
 
     def with_fields(self, **values: torch.Tensor | None) -> MicroBatch:
         """A copy with some fields replaced."""

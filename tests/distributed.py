@@ -17,7 +17,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_distributed(world_size: int, target: str, payload: dict[str, Any], timeout: float = 600.0) -> list[Any]:
+def run_distributed(
+    world_size: int, target: str, payload: dict[str, Any], timeout: float = 900.0
+) -> list[Any]:
     """Call ``module:function`` with ``payload`` in every rank of a new world; the results by rank.
 
     Payload and results hold plain containers, numbers, strings and tensors. A rank that raises fails the

@@ -30,7 +30,10 @@ def run_plain(
     decayed = [p for p in model.parameters() if p.ndim > 1]
     not_decayed = [p for p in model.parameters() if p.ndim == 1]
     adam = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": optimizer["weight_decay"]}, {"params": not_decayed, "weight_decay": 0.0}],
+        [
+            {"params": decayed, "weight_decay": optimizer["weight_decay"]},
+            {"params": not_decayed, "weight_decay": 0.0},
+        ],
         lr=optimizer["lr"],
         betas=(0.9, 0.95),
         eps=optimizer["adam_eps"],
@@ -50,7 +53,11 @@ def run_plain(
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer["clip_grad"])))
         losses.append(float(loss.detach()))
         adam.step()
-    return {"losses": losses, "grad_norms": norms, "parameters": {n: p.detach() for n, p in model.named_parameters()}}
+    return {
+        "losses": losses,
+        "grad_norms": norms,
+        "parameters": {n: p.detach() for n, p in model.named_parameters()},
+    }
 
 
 def _token_log_probs(model: torch.nn.Module, sequence: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

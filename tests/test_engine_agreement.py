@@ -22,7 +22,11 @@ def test_engine_follows_the_sharded_actor(world: int, tmp_path: Path) -> None:
     payload = {
         "model_path": str(make_tiny_model(tmp_path, "qwen2")),
         "layouts": LAYOUTS[world],
-        "prompts": [[3, 9, 11], [7, 8, 30, 31, 32, 60], [4]],  # of unequal length: the engine pads on the left
+        "prompts": [
+            [3, 9, 11],
+            [7, 8, 30, 31, 32, 60],
+            [4],
+        ],  # of unequal length: the engine pads on the left
         "favoured": FAVOURED,
         "temperature": 0.7,
         "num_updates": 25,

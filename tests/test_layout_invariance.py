@@ -44,7 +44,10 @@ LOSSES: dict[str, dict[str, Any]] = {
 AGGREGATIONS: dict[str, dict[str, Any]] = {
     "token-mean": {"loss_aggregation": "token-mean"},
     "seq-mean-token-mean": {"loss_aggregation": "seq-mean-token-mean"},
-    "seq-mean-token-sum-norm": {"loss_aggregation": "seq-mean-token-sum-norm", "loss_aggregation_constant": 16},
+    "seq-mean-token-sum-norm": {
+        "loss_aggregation": "seq-mean-token-sum-norm",
+        "loss_aggregation_constant": 16,
+    },
 }
 DEFAULTS = {"apo_topk": 8, "apo_push_coeff": 1.05, "apo_pull_coeff": 0.1, "clip_low": 0.2, "clip_high": 0.28}
 MICRO_BATCH_SIZES = (1, 2, 5)  # 5: the last micro-batch of every mini-batch is ragged
@@ -123,7 +126,8 @@ def _relative_differences(found: dict[str, Any], expected: dict[str, Any]) -> di
             abs(a - b) / b for a, b in zip(found["grad_norms"], expected["grad_norms"], strict=True)
         ),
         "parameters": max(
-            float((found["parameters"][name] - value).norm() / value.norm()) for name, value in parameters.items()
+            float((found["parameters"][name] - value).norm() / value.norm())
+            for name, value in parameters.items()
         ),
     }
 

@@ -179,7 +179,7 @@ class MegatronActor:
         return run_forward(self.model_chunks, micro_batches, function)
 
     def _reduce(self, sums: MetricSums) -> dict[str, float]:
-        """Metrics over the whole mini-batch: summed over data parallel where the loss is, then told to all."""
+        """Metrics of the whole mini-batch, the same on every rank."""
         metrics: dict[str, float] = {}
         if self.parallel.is_last_stage:
             flat = sums.flat().to(self.parallel.device)

@@ -14,7 +14,9 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.module import MegatronModule
 
 from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.errors import CheckpointError
@@ -88,11 +90,9 @@ class Checkpointer:
         return int(state["step"])
 
 
-def _inner(chunk: torch.nn.Module) -> torch.nn.Module:
-    """The module that DDP (and Float16Module) wrap: its state has the plain names."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
+def _inner(chunk: DistributedDataParallel) -> MegatronModule:
+    """The model that DDP wraps: its state has the plain names."""
+    return chunk.module
 
 
 def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
@@ -127,7 +127,9 @@ def _prepare_torch_adam(actor: MegatronActor) -> None:
             continue
         original = optimizer._set_main_param_and_optimizer_states
 
-        def keep_step(parameter: Any, tensors: Any, optimizer: Any = optimizer, original: Any = original) -> Any:
+        def keep_step(
+            parameter: Any, tensors: Any, optimizer: Any = optimizer, original: Any = original
+        ) -> Any:
             group, order = optimizer.model_param_group_index_map[parameter]
             main = optimizer.optimizer.param_groups[group]["params"][order]
             tensors.setdefault("step", optimizer.optimizer.state[main]["step"])
@@ -142,5 +144,3 @@ def _separate_step_counters(actor: MegatronActor) -> None:
         for state in optimizer.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
-
-

@@ -19,27 +19,22 @@ class WeightSnapshot:
         """Host memory held."""
         return sum(copy.numel() * copy.element_size() for copy in self._copies)
 
-    @torch.no_grad()
-    def _exchange(self, num_tensors: int) -> Iterator[int]:
-        # In place and one tensor at a time, so that no second copy of the model exists.
-        for index in range(num_tensors):
-            parameter, copy = self._parameters[index], self._copies[index]
-            current = parameter.detach().clone()
-            parameter.copy_(copy)
-            copy.copy_(current)
-            yield index + 1
-
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The parameters hold the snapshot inside the block; what they held is restored after it."""
-        exchanged = 0
+        self._exchange()
         try:
-            for exchanged in self._exchange(len(self._parameters)):
-                pass
             yield
         finally:
-            for _ in self._exchange(exchanged):
-                pass
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        # In place and one tensor at a time, so that no second copy of the model exists.
+        for parameter, copy in zip(self._parameters, self._copies, strict=True):
+            current = parameter.detach().clone()
+            parameter.copy_(copy)
+            copy.copy_(current)
 
 
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:

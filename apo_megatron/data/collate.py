@@ -69,19 +69,17 @@ def make_batch(
     sequences: Sequence[TrainingSequence],
     objective: ObjectiveConfig,
     parallel: ParallelContext,
-    *,
     num_mini_batches: int,
-    seed: int,
-    step: int,
+    seed: tuple[int, int],
 ) -> Batch:
     """Shuffle ``sequences`` of all ranks, cut them into mini-batches and keep this rank's share.
 
-    The division depends on ``seed`` and ``step`` only, and every denominator is taken over a whole
+    The division depends on ``seed`` (run, step) only, and every denominator is taken over a whole
     mini-batch, so loss and gradients do not depend on the layout. With fewer sequences than mini-batches
     there are fewer mini-batches.
     """
     assert sequences, "an empty batch is skipped before it is collated"
-    order = torch.from_numpy(np.random.default_rng([seed, step]).permutation(len(sequences)))
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(sequences)))
     parts = order.tensor_split(min(num_mini_batches, len(sequences)))
     lengths = torch.tensor([len(s.token_ids) - s.prompt_length for s in sequences])
     weights = torch.zeros(len(sequences))

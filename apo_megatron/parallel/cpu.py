@@ -47,7 +47,7 @@ def install() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_args, **_kwargs: None
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = get_rng_state
-    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment,return-value]
+    torch.cuda.manual_seed = torch.default_generator.manual_seed  # type: ignore[assignment]
     from megatron.core.tensor_parallel import random as megatron_random  # imports need the lines above
 
     # The original queues the call for a CUDA start-up that never comes.

@@ -57,7 +57,7 @@ class ParallelDims:
             raise ConfigError(
                 f"parallel: tensor_parallel_size={dims.tensor} x pipeline_parallel_size={dims.pipeline} x "
                 f"context_parallel_size={dims.context} = {dims.model} must divide the {world} processes that "
-                f"were started: start a multiple of {dims.model} (torchrun --nproc-per-node), or change the sizes"
+                f"were started: start a multiple of {dims.model} (torchrun --nproc-per-node), or change them"
             )
         return dims
 

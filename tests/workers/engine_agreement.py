@@ -48,7 +48,9 @@ def _compare(payload: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
         return completions, _largest_gap(actor, parallel, prompts, completions)
 
     before, gap_before = sample(0)
-    favoured = TrainingSequence(np.array([*payload["prompts"][0], *payload["favoured"]]), len(payload["prompts"][0]))
+    favoured = TrainingSequence(
+        np.array([*payload["prompts"][0], *payload["favoured"]]), len(payload["prompts"][0])
+    )
     for step in range(payload["num_updates"]):
         actor.update(_batch([favoured] * 4, parallel, step).sequences, supervised_objective())
     stale = engine.generate(prompts, sampling)  # the engine has not heard of the updates yet
@@ -56,17 +58,21 @@ def _compare(payload: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
     return {
         "gap_before": gap_before,
         "gap_after": gap_after,
-        "stale_is_unchanged": [c.token_ids.tolist() for c in stale[0]] == [c.token_ids.tolist() for c in before[0]],
+        "stale_is_unchanged": [c.token_ids.tolist() for c in stale[0]]
+        == [c.token_ids.tolist() for c in before[0]],
         "favoured_after": [c.token_ids.tolist() for c in after[0]],
     }
 
 
 def _batch(sequences: list[TrainingSequence], parallel: ParallelContext, step: int) -> Batch:
-    return make_batch(sequences, ObjectiveConfig(), parallel, num_mini_batches=1, seed=0, step=step)
+    return make_batch(sequences, ObjectiveConfig(), parallel, num_mini_batches=1, seed=(0, step))
 
 
 def _largest_gap(
-    actor: MegatronActor, parallel: ParallelContext, prompts: list[Prompt], completions: list[list[Completion]]
+    actor: MegatronActor,
+    parallel: ParallelContext,
+    prompts: list[Prompt],
+    completions: list[list[Completion]],
 ) -> float:
     sequences = [
         TrainingSequence(

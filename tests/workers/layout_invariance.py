@@ -42,7 +42,10 @@ def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelC
     objective = build_objective(ObjectiveConfig(**case["objective"]))
     sequences = [
         TrainingSequence(
-            np.array(s["tokens"]), s["prompt_length"], s["advantage"], np.zeros(len(s["tokens"]) - s["prompt_length"])
+            np.array(s["tokens"]),
+            s["prompt_length"],
+            s["advantage"],
+            np.zeros(len(s["tokens"]) - s["prompt_length"]),
         )
         for s in payload["sequences"]
     ]
@@ -51,8 +54,7 @@ def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelC
         ObjectiveConfig(**case["objective"]),
         parallel,
         num_mini_batches=payload["num_mini_batches"],
-        seed=payload["seed"],
-        step=0,
+        seed=(payload["seed"], 0),
     )
     reference = actor.snapshot()
     batch.sequences = actor.attach_old_log_probs(batch.sequences)
