@@ -90,9 +90,14 @@ def _caption(result: PassAtKResult) -> str:
     return caption
 
 
-def main(argv: Sequence[str]) -> None:
-    evaluate(parse_command_line(argv, EvalConfig, "python -m apo_megatron.evaluate"))
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line (default: that of the process); the exit code."""
+
+    def run(words: Sequence[str]) -> None:
+        evaluate(parse_command_line(words, EvalConfig, "python -m apo_megatron.evaluate"))
+
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

@@ -67,9 +67,14 @@ def sft(cfg: SFTConfig) -> None:
             export_hf_checkpoint(run.folder / "hf", actor.weight_source(), cfg.model.hf_path, parallel)
 
 
-def main(argv: Sequence[str]) -> None:
-    sft(parse_command_line(argv, SFTConfig, "python -m apo_megatron.sft"))
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line (default: that of the process); the exit code."""
+
+    def run(words: Sequence[str]) -> None:
+        sft(parse_command_line(words, SFTConfig, "python -m apo_megatron.sft"))
+
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

@@ -89,9 +89,14 @@ def train(cfg: RLConfig) -> None:
             export_hf_checkpoint(run.folder / "hf", actor.weight_source(), cfg.model.hf_path, parallel)
 
 
-def main(argv: Sequence[str]) -> None:
-    train(parse_command_line(argv, RLConfig, "python -m apo_megatron.train"))
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line (default: that of the process); the exit code."""
+
+    def run(words: Sequence[str]) -> None:
+        train(parse_command_line(words, RLConfig, "python -m apo_megatron.train"))
+
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())
