@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+_TENSOR_CUDA, _TENSOR_TYPE = torch.Tensor.cuda, torch.Tensor.type
+
 
 class _CudaLiteralsToCpu(TorchFunctionMode):
     """Turns literal CUDA devices into the CPU; lives per thread (re-enter it in worker threads)."""
@@ -19,18 +21,21 @@ class _CudaLiteralsToCpu(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if kwargs:
-            if "cuda" in str(kwargs.get("device", "")):
-                kwargs = {**kwargs, "device": "cpu"}
-            if kwargs.get("pin_memory"):
-                kwargs = {**kwargs, "pin_memory": False}
-        result = func(*args, **(kwargs or {}))
-        if func is torch.Tensor.type and isinstance(result, str):
-            # Megatron's optimizers accept only parameters that call themselves torch.cuda.*Tensor.
-            return result.replace("torch.", "torch.cuda.", 1)
-        return result
+        # Every torch call of the process comes through here: the common ones leave first.
+        if not kwargs:
+            if func is _TENSOR_CUDA:
+                return args[0]
+            result = func(*args)
+            if func is _TENSOR_TYPE and isinstance(result, str):
+                # Megatron's optimizers accept only parameters that call themselves torch.cuda.*Tensor.
+                return result.replace("torch.", "torch.cuda.", 1)
+            return result
+        device = kwargs.get("device")
+        if device is not None and "cuda" in str(device):
+            kwargs = {**kwargs, "device": "cpu"}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        return args[0] if func is _TENSOR_CUDA else func(*args, **kwargs)
 
 
 _installed: list[_CudaLiteralsToCpu] = []
