@@ -25,6 +25,7 @@ from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.models.transformer_config import padded_vocab_size
 from apo_megatron.objectives.diagnostics import MetricSums
 from apo_megatron.objectives.interface import TokenMetric
+from apo_megatron.objectives.kl import kl_k3
 from apo_megatron.objectives.objective import Objective
 from apo_megatron.parallel.collectives import any_rank, broadcast_from_last_stage, sum_over_data_parallel
 from apo_megatron.parallel.state import ParallelContext
@@ -128,17 +129,19 @@ class MegatronActor:
                 exclude_sampled=objective.exclude_sampled,
             ),
         )
-        mask = torch.zeros_like(sequences.loss_mask)
-        mask[rows] = chosen.loss_mask
-        filled: dict[str, Tensor] = {}
         sums = MetricSums()
-        if results and objective.needs_reference_log_probs:
-            filled["reference_log_probs"] = _at_tokens(results["log_probs"], mask, fill=math.nan)
-        if results and objective.needs_support:
-            filled["reference_support_ids"] = _at_tokens(results["support_ids"], mask, fill=-1)
-            filled["reference_anchor_log_mass"] = _at_tokens(results["anchor_log_mass"], mask, fill=math.nan)
-            is_wrong = chosen.advantages[chosen.loss_mask] < 0
-            sums.add({"support_coverage_reference": TokenMetric(results["coverage"], is_wrong)})
+        filled: dict[str, Tensor] = {}
+        if results:
+            mask = torch.zeros_like(sequences.loss_mask)
+            mask[rows] = chosen.loss_mask
+            sums.add(_reference_metrics(results, chosen))
+            if objective.needs_reference_log_probs:
+                filled["reference_log_probs"] = _at_tokens(results["log_probs"], mask, fill=math.nan)
+            if objective.needs_support:
+                filled["reference_support_ids"] = _at_tokens(results["support_ids"], mask, fill=-1)
+                filled["reference_anchor_log_mass"] = _at_tokens(
+                    results["anchor_log_mass"], mask, fill=math.nan
+                )
         return sequences.with_fields(**filled), self._reduce(sums)
 
     def update(self, mini_batch: MicroBatch, objective: Objective) -> dict[str, float]:
@@ -198,6 +201,22 @@ class MegatronActor:
 
 def _finalize_without_rescaling(model: list[torch.nn.Module], _num_tokens: object, **kwargs: object) -> None:
     finalize_model_grads(model, None, **kwargs)
+
+
+def _reference_metrics(results: dict[str, Tensor], sequences: MicroBatch) -> dict[str, TokenMetric]:
+    """What the reference pass alone can tell, on tokens with A < 0, so that nothing of it need be kept.
+
+    ``kl_reference_old``: k3 of KL(pi_old || pi_ref), of the policy that drew the samples.
+    """
+    mask = sequences.loss_mask
+    is_wrong = sequences.advantages[mask] < 0
+    metrics = {}
+    if sequences.old_log_probs is not None:
+        gap = kl_k3(sequences.old_log_probs[mask], results["log_probs"])
+        metrics["kl_reference_old"] = TokenMetric(gap, is_wrong)
+    if "coverage" in results:
+        metrics["support_coverage_reference"] = TokenMetric(results["coverage"], is_wrong)
+    return metrics
 
 
 def _at_tokens(values: Tensor, mask: Tensor, fill: float) -> Tensor:

@@ -96,8 +96,9 @@ def _inner(chunk: DistributedDataParallel) -> MegatronModule:
 
 
 def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
+    _initialise_adam_state(actor)
     if is_loading:
-        _prepare_torch_adam(actor)
+        _keep_adam_steps(actor)
     state: dict[str, Any] = {
         f"model{index}": _inner(chunk).sharded_state_dict(metadata=dict(_SHARDING))
         for index, chunk in enumerate(actor.model_chunks)
@@ -113,16 +114,21 @@ def _each_optimizer(actor: MegatronActor) -> list[Any]:
     return list(getattr(actor.optimizer, "chained_optimizers", [actor.optimizer]))
 
 
-def _prepare_torch_adam(actor: MegatronActor) -> None:
-    """Give torch's AdamW the state that Megatron 0.16 expects to find before it loads into it.
+def _initialise_adam_state(actor: MegatronActor) -> None:
+    """Make the state that the first update would make, so that a run can be saved and loaded before it.
 
-    Megatron creates the moments but no "step", asks for it all the same, and drops it on the way to
-    the main parameters (with Apex or TransformerEngine the step lives in the parameter group).
+    Megatron 0.16 creates the moments but no "step", which torch's AdamW has and Megatron asks for.
     """
     for optimizer in _each_optimizer(actor):
-        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)  # leaves existing state alone
         for state in optimizer.optimizer.state.values():
             state.setdefault("step", torch.tensor(0.0))
+
+
+def _keep_adam_steps(actor: MegatronActor) -> None:
+    """Let the distributed optimizer find the "step" that Megatron 0.16 drops on the way to the main
+    parameters (with Apex or TransformerEngine the step lives in the parameter group)."""
+    for optimizer in _each_optimizer(actor):
         if not isinstance(optimizer, DistributedOptimizer):
             continue
         original = optimizer._set_main_param_and_optimizer_states

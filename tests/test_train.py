@@ -1,0 +1,172 @@
+"""Runs of the whole loop at TP=2: what they leave behind, resuming, and what must stop or skip."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.distributed import run_distributed
+from tests.tiny_models import make_tiny_model
+
+NUM_STEPS = 5
+
+
+def _rl(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "model": {"hf_path": str(folder / "model"), "dtype": "float32", "make_vocab_size_divisible_by": 8},
+        "data": {"train_path": str(folder / "prompts.jsonl"), "prompts_per_step": 4},
+        "train": {
+            "run_dir": str(folder / name),
+            "num_steps": NUM_STEPS,
+            "num_mini_batches": 2,
+            "micro_batch_size": 4,
+        },
+        "parallel": {"tensor_parallel_size": 2},
+        "rollout": {"group_size": 4, "max_new_tokens": 5},
+        "objective": {"loss_mode": "apo_ratio"},
+        "optimizer": {"lr": 1e-3, "lr_warmup_steps": 6},
+        "evaluation": {"data_path": None},
+        "logging": {"tensorboard": False},
+    }
+    for section, values in sections.items():
+        config[section] = {**config.get(section, {}), **values}
+    return config
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("runs")
+    model = make_tiny_model(folder / "model", "qwen3")
+    words = [word for word in AutoTokenizer.from_pretrained(model).get_vocab() if word.isalnum()]
+    prompts = [{"prompt": " ".join(words[i : i + 2 + i % 3])} for i in range(24)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    rows = [{**row, "response": f"{words[3]} {words[5]}"} for row in prompts]
+    (folder / "demonstrations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation = {
+        "data_path": str(folder / "prompts.jsonl"),
+        "max_problems": 6,
+        "num_samples": 8,
+        "ks": [1, 4, 8],
+        "interval": 2,
+        "interval_num_samples": 4,
+        "bootstrap_samples": 50,
+    }
+    payload = {
+        "sft": {
+            "model": {"hf_path": str(model), "dtype": "float32"},
+            "data": {"train_path": str(folder / "demonstrations.jsonl")},
+            "train": {
+                "run_dir": str(folder / "sft"),
+                "num_steps": 30,
+                "batch_size": 8,
+                "micro_batch_size": 4,
+            },
+            "parallel": {"tensor_parallel_size": 2},
+            "optimizer": {"lr": 5e-3},
+        },
+        "whole": _rl(folder, "whole", evaluation=evaluation),
+        "interrupted": _rl(folder, "interrupted", checkpoint={"interval": 2, "resume": "auto"}),
+        "unmixed": _rl(folder, "unmixed"),
+        "not_finite": _rl(folder, "not_finite", train={"max_skipped_updates": 3}),
+    }
+    outcome = run_distributed(2, "tests.workers.training:run_all", payload)
+    assert outcome[0] == outcome[1]
+    return folder, outcome[0]
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_run_leaves_config_metrics_evaluations_picture_and_model(
+    runs: tuple[Path, dict[str, Any]],
+) -> None:
+    folder = runs[0] / "whole"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["objective"]["apo_topk"] == 8
+    rows = _metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, NUM_STEPS + 1))
+    watched = {
+        "reward", "entropy", "support_coverage", "support_coverage_reference", "anchor_mass",
+        "anchor_ratio_p50",
+        "reference_anchor_mass_p05", "sampled_in_support", "clip_fraction_low", "clip_fraction_high",
+        "rectified_clip_fraction", "kl_old", "kl_reference_old", "mixed_group_share", "response_length",
+        "truncation_rate", "grad_norm", "rollout_log_prob_gap", "time/rollout", "time/update",
+    }  # fmt: skip
+    assert watched <= rows[-1].keys()
+    assert rows[0]["rollout_log_prob_gap"] < 1e-4
+    # The first mini-batch of the first step is trained at theta = ref, the second is not.
+    assert rows[0]["anchor_ratio_p50"] == pytest.approx(1.0, abs=0.1)
+    assert "eval/pass_at_4" in rows[1] and "eval/pass_at_1" not in rows[0]
+    for tag in ("start", "final"):
+        evaluation = json.loads((folder / f"evaluation_{tag}.json").read_text())
+        assert list(evaluation["pass_at_k"]) == ["1", "4", "8"]
+        assert len(evaluation["num_correct"]) == 6
+    assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(folder.glob(".*partial"))
+
+
+def test_training_raises_the_reward_and_the_export_loads_in_transformers(
+    runs: tuple[Path, dict[str, Any]],
+) -> None:
+    folder = runs[0] / "whole"
+    start, final = (
+        json.loads((folder / f"evaluation_{tag}.json").read_text())["pass_at_k"]["1"]
+        for tag in ("start", "final")
+    )
+    assert final > start
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf")
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_resumed_run_ends_with_the_same_weights(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, outcome = runs
+    assert "the verifier is gone" in outcome["interrupted"]
+    rows = _metrics(folder / "interrupted")
+    assert [row["step"] for row in rows] == [1, 2, 3, 3, 4, 5]  # died in step 4, went on after step 2
+    whole, resumed = _weights(folder / "whole" / "hf"), _weights(folder / "interrupted" / "hf")
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=1e-6)
+    learning_rates = [row["learning_rate"] for row in _metrics(folder / "whole")]
+    assert [row["learning_rate"] for row in rows[3:]] == learning_rates[2:]
+
+
+def test_steps_without_mixed_groups_are_skipped_and_change_nothing(
+    runs: tuple[Path, dict[str, Any]],
+) -> None:
+    folder = runs[0]
+    rows = _metrics(folder / "unmixed")
+    assert [row["skipped_step"] for row in rows] == [1.0] * NUM_STEPS
+    assert not any(isinstance(value, float) and math.isnan(value) for row in rows for value in row.values())
+    before, after = _weights(folder / "model"), _weights(folder / "unmixed" / "hf")
+    assert all(torch.equal(before[name], after[name]) for name in after)
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_stop_the_run(
+    runs: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, outcome = runs
+    assert "max_skipped_updates" in outcome["not_finite"]
+    rows = _metrics(folder / "not_finite")
+    assert [row["skipped_update"] for row in rows] == [2.0, 2.0]  # 3 are allowed, a step has 2 updates
+    latest = (folder / "not_finite" / "checkpoints" / "latest").read_text()
+    assert latest == "step_000002"
+    assert (folder / "not_finite" / "checkpoints" / latest / "state.json").exists()
+
+
+def test_cold_start_learns_its_demonstrations(runs: tuple[Path, dict[str, Any]]) -> None:
+    rows = _metrics(runs[0] / "sft")
+    assert rows[-1]["loss"] < 0.3 * rows[0]["loss"]
+    assert (runs[0] / "sft" / "hf" / "tokenizer.json").exists()
