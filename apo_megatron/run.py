@@ -39,8 +39,9 @@ class TrainingData:
 
 def load_training_data(cfg: RLConfig) -> TrainingData:
     """Read and check data, tokenizer and reward: all that can fail before a model is built."""
+    vocab_size = read_architecture(cfg.model.hf_path).vocab_size
     tokenizer = load_tokenizer(cfg.model.hf_path)
-    check_tokenizer(tokenizer, read_architecture(cfg.model.hf_path).vocab_size, cfg.model.hf_path)
+    check_tokenizer(tokenizer, vocab_size, cfg.model.hf_path)
     reward = build_reward(cfg.reward)
 
     def load(path: str, max_rows: int | None = None) -> list[Prompt]:

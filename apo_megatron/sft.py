@@ -27,8 +27,9 @@ from apo_megatron.weights.export import export_hf_checkpoint
 def sft(cfg: SFTConfig) -> None:
     """Run all steps and export run_dir/hf. Raises the errors of ``errors.py`` for what a user can mend."""
     parallel = init_parallel(cfg.parallel, cfg.train.seed)
+    vocab_size = read_architecture(cfg.model.hf_path).vocab_size
     tokenizer = load_tokenizer(cfg.model.hf_path)
-    check_tokenizer(tokenizer, read_architecture(cfg.model.hf_path).vocab_size, cfg.model.hf_path)
+    check_tokenizer(tokenizer, vocab_size, cfg.model.hf_path)
     data = cfg.data
     demonstrations = DemonstrationLoader(
         load_demonstrations(
