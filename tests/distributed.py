@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_distributed(
-    world_size: int, target: str, payload: dict[str, Any], timeout: float = 900.0
+    world_size: int, target: str, payload: dict[str, Any], timeout: float = 900.0, use_gpu: bool = False
 ) -> list[Any]:
     """Call ``module:function`` with ``payload`` in every rank of a new world; the results by rank.
 
-    Payload and results hold plain containers, numbers, strings and tensors. A rank that raises fails the
-    test with its traceback.
+    Payload and results hold plain containers, numbers, strings and CPU tensors. A rank that raises fails the
+    test with its traceback. Without ``use_gpu`` the ranks see no GPU, so they run on gloo everywhere.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -39,6 +39,8 @@ def run_distributed(
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
         }
+        if not use_gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "tests.distributed", target, folder],

@@ -53,7 +53,7 @@ DEFAULTS = {"apo_topk": 8, "apo_push_coeff": 1.05, "apo_pull_coeff": 0.1, "clip_
 MICRO_BATCH_SIZES = (1, 2, 5)  # 5: the last micro-batch of every mini-batch is ragged
 
 
-def _sequences() -> list[dict[str, Any]]:
+def make_sequences() -> list[dict[str, Any]]:
     rng = np.random.default_rng(5)
     return [
         {
@@ -95,7 +95,7 @@ def payload(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = make_tiny_model(tmp_path_factory.mktemp("model"), "qwen2", num_layers=4)
     return {
         "model_path": str(path),
-        "sequences": _sequences(),
+        "sequences": make_sequences(),
         "optimizer": OPTIMIZER,
         "num_mini_batches": NUM_MINI_BATCHES,
         "seed": SEED,
@@ -117,7 +117,7 @@ def expected(payload: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _relative_differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+def relative_differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
     parameters = expected["parameters"]
     assert found["parameters"].keys() == parameters.keys()
     return {
@@ -144,7 +144,7 @@ def test_update_equals_plain_torch_on_every_layout(
     worst = dict.fromkeys(("loss", "grad_norm", "parameters"), 0.0)
     failures = []
     for case, result in zip(cases, results, strict=True):
-        differences = _relative_differences(result, expected[case["reference"]])
+        differences = relative_differences(result, expected[case["reference"]])
         worst = {name: max(worst[name], value) for name, value in differences.items()}
         if max(differences.values()) > RELATIVE_BOUND:
             failures.append((case["name"], differences))

@@ -62,7 +62,7 @@ def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelC
         batch.sequences, _ = actor.attach_reference(batch.sequences, objective)
     updates = [actor.update(part, objective) for part in batch.mini_batches()]
     parameters = {
-        name: tensor.clone() for bucket in actor.weight_source().buckets() for name, tensor in bucket
+        name: tensor.cpu().clone() for bucket in actor.weight_source().buckets() for name, tensor in bucket
     }
     return {
         "losses": [update["loss"] for update in updates],
