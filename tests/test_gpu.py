@@ -36,6 +36,7 @@ def test_vocab_ops_on_the_gpu_equal_float64_on_the_cpu() -> None:
     leaf = logits.double().requires_grad_()
     terms = vocab_parallel_policy_terms(leaf * 1.0, targets, support, shard)
     (terms.log_probs.sum() + 2 * terms.anchor_log_mass.sum() + 3 * terms.entropy.sum()).backward()
+    assert leaf.grad is not None
     payload = {"logits": logits, "targets": targets, "ids": support, "vocab_size": vocab_size}
     found = run_distributed(1, "tests.workers.gpu:vocab_ops", payload, use_gpu=True)[0]
     assert found["backend"] == "nccl"

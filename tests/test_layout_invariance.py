@@ -87,7 +87,20 @@ def _cases(world: int) -> list[dict[str, Any]]:
                 }
             )
         next(sizes)  # shift, so that sizes and objectives meet in other pairs on the next layout
+    if world == 2:
+        cases += [_case("tp2_sp", recompute="full"), _case("pp2_vpp2", recompute="selective")]
     return cases
+
+
+def _case(layout: str, **settings: Any) -> dict[str, Any]:
+    return {
+        "name": f"{layout}:{settings}",
+        "layout": LAYOUTS[layout],
+        "micro_batch_size": 2,
+        "objective": {**DEFAULTS, **LOSSES["apo_ratio"], **AGGREGATIONS["token-mean"]},
+        "reference": "apo_ratio:token-mean",
+        **settings,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +163,12 @@ def test_update_equals_plain_torch_on_every_layout(
             failures.append((case["name"], differences))
     print(f"{world} processes, {len(cases)} cases, largest relative differences: {worst}")
     assert not failures, failures
+
+
+def test_bf16_update_is_close_to_fp32(payload: dict[str, Any], expected: dict[str, dict[str, Any]]) -> None:
+    cases = [_case("tp2", dtype="bfloat16"), _case("pp2", dtype="bfloat16")]
+    results = run_distributed(2, "tests.workers.layout_invariance:run_cases", {**payload, "cases": cases})[0]
+    for result in results:
+        differences = relative_differences(result, expected["apo_ratio:token-mean"])
+        assert differences["loss"] < 0.1 and differences["grad_norm"] < 0.1
+        assert differences["parameters"] < 0.01

@@ -30,7 +30,7 @@ def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelC
     actor = MegatronActor(
         ModelConfig(
             hf_path=payload["model_path"],
-            dtype="float32",
+            dtype=case.get("dtype", "float32"),
             make_vocab_size_divisible_by=8,
             recompute=case.get("recompute", "none"),
         ),

@@ -46,7 +46,7 @@ def run_all(payload: dict[str, Any]) -> dict[str, Any]:
     outcome["interrupted"] = _train(payload["interrupted"], ToyReward(starts_low, fail_after=6))
     _train(payload["interrupted"], ToyReward(starts_low))
     _train(payload["unmixed"], ToyReward(lambda completion: 1.0))
-    apo_megatron.train.make_batch = _with_infinite_advantages
+    apo_megatron.train.make_batch = _with_infinite_advantages  # type: ignore[assignment]
     outcome["not_finite"] = _train(payload["not_finite"], ToyReward(starts_low))
     apo_megatron.train.make_batch = make_batch
     return outcome
