@@ -172,3 +172,16 @@ def test_bf16_update_is_close_to_fp32(payload: dict[str, Any], expected: dict[st
         differences = relative_differences(result, expected["apo_ratio:token-mean"])
         assert differences["loss"] < 0.1 and differences["grad_norm"] < 0.1
         assert differences["parameters"] < 0.01
+
+
+def test_ranks_without_sequences_take_part(payload: dict[str, Any]) -> None:
+    few = payload["sequences"][:3]  # mini-batches of two and one sequence for four ranks
+    case = {**_case("one"), "micro_batch_size": 2}
+    found = run_distributed(
+        4,
+        "tests.workers.layout_invariance:run_cases",
+        {**payload, "sequences": few, "cases": [case, {**case, "layout": LAYOUTS["pp2"]}]},
+    )[0]
+    expected = run_plain(payload["model_path"], few, case["objective"], OPTIMIZER, NUM_MINI_BATCHES, SEED)
+    for result in found:
+        assert max(relative_differences(result, expected).values()) < RELATIVE_BOUND

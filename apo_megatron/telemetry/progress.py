@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 SECONDS_BETWEEN_LINES = 10.0  # of one phase, without a terminal
+SECONDS_BETWEEN_STEP_LINES = 0.25  # faster steps share a line; metrics.jsonl has them all
 STEPS_OF_ESTIMATE = 32  # the time left comes from the mean of so many last steps
 EVALUATION = "evaluation"  # not counted as the time of a step
 # Tokens per second of a step are those of the first of these phases that reported tokens.
@@ -74,6 +75,7 @@ class RunDisplay:
         self._step_evaluation_seconds = 0.0
         self._steps_done = 0
         self._last_line = monotonic()
+        self._last_step_line = -SECONDS_BETWEEN_STEP_LINES
         self._console = (console or Console(highlight=False)) if is_main else None
         self._bars: Progress | None = None
         self._run_bar: TaskID | None = None
@@ -111,7 +113,9 @@ class RunDisplay:
         self._step_seconds.append(seconds)
         self._step_started = now
         self._steps_done = step
-        if self._console is not None:
+        is_due = step == self._total_steps or now - self._last_step_line >= SECONDS_BETWEEN_STEP_LINES
+        if self._console is not None and is_due:
+            self._last_step_line = now
             width = len(str(self._total_steps))
             columns = [f"step {step:>{width}}/{self._total_steps}", *_metric_columns(metrics)]
             own_seconds = max(seconds - self._step_evaluation_seconds, 1e-9)
