@@ -9,7 +9,6 @@ Every rank holds the whole model and takes its share of the problems.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from apo_megatron.config import EvalConfig, ParallelConfig
 from apo_megatron.data.prompts import load_prompts
 from apo_megatron.data.tokenizer import load_tokenizer
 from apo_megatron.evaluation.harness import PassAtKResult, evaluate_pass_at_k
+from apo_megatron.files import write_atomically
 from apo_megatron.parallel.state import init_parallel
 from apo_megatron.rewards.registry import build_reward
 from apo_megatron.rollout.build import load_engine
@@ -62,9 +62,8 @@ def write_result(result: PassAtKResult, cfg: EvalConfig) -> None:
     """``result`` with the resolved config as JSON in cfg.output_path: whole or not at all."""
     path = Path(cfg.output_path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps({**result.to_json(), "config": cfg.model_dump(mode="json")}, indent=1) + "\n")
-    os.replace(aside, path)
+    content = {**result.to_json(), "config": cfg.model_dump(mode="json")}
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def result_table(result: PassAtKResult, title: str) -> Table:

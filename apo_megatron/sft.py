@@ -8,8 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import numpy as np
-
 from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.actor.checkpointer import Checkpointer
 from apo_megatron.config import ObjectiveConfig, SFTConfig
@@ -19,9 +17,8 @@ from apo_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.objectives.objective import supervised_objective
 from apo_megatron.parallel.state import init_parallel
-from apo_megatron.run import Run
+from apo_megatron.run import Run, fixed_settings
 from apo_megatron.telemetry.command import parse_command_line, run_command
-from apo_megatron.weights.export import export_hf_checkpoint
 
 
 def sft(cfg: SFTConfig) -> None:
@@ -39,33 +36,27 @@ def sft(cfg: SFTConfig) -> None:
         cfg.train.seed,
         data.shuffle,
     )
-    run = Run(cfg, parallel, title="cold start")
-    actor = MegatronActor(
-        cfg.model, cfg.optimizer, parallel, cfg.train.micro_batch_size, num_updates=cfg.train.num_steps
-    )
     objective, aggregation = supervised_objective(), ObjectiveConfig()  # token-mean
-    checkpointer = Checkpointer(run.folder / "checkpoints", parallel)
-    start = checkpointer.load_latest(actor, demonstrations) if cfg.checkpoint.resume == "auto" else 0
-    with run:
-        for step in range(start, cfg.train.num_steps):
-            with run.phase("cold start") as advance:
-                sequences = [
-                    TrainingSequence(tokens, prompt_length)
-                    for tokens, prompt_length in demonstrations.next_batch()
-                ]
-                seed = (cfg.train.seed, step)
-                batch = make_batch(sequences, aggregation, parallel, num_mini_batches=1, seed=seed)
-                metrics = actor.update(batch.sequences, objective)
-                advance(len(sequences), tokens=int(np.sum([len(s.token_ids) for s in sequences])))
+    with Run(cfg, parallel, title="cold start") as run:
+        actor = MegatronActor(
+            cfg.model, cfg.optimizer, parallel, cfg.train.micro_batch_size, num_updates=cfg.train.num_steps
+        )
+        checkpointer = Checkpointer(run.folder / "checkpoints", fixed_settings(cfg), parallel)
+        for step in range(run.resume(checkpointer, actor, demonstrations), cfg.train.num_steps):
+            sequences = [
+                TrainingSequence(tokens, prompt_length)
+                for tokens, prompt_length in demonstrations.next_batch()
+            ]
+            seed = (cfg.train.seed, step)
+            batch = make_batch(sequences, aggregation, parallel, num_mini_batches=1, seed=seed)
+            with run.phase("cold start", batch.num_sequences) as advance:
+                metrics = actor.update(batch.sequences, objective, advance)
             run.finish_step(step, metrics)
-            if actor.consecutive_skips >= cfg.train.max_skipped_updates:
+            if actor.most_consecutive_skips >= cfg.train.max_skipped_updates:
                 raise run.diverged(checkpointer.save(step + 1, actor, demonstrations))
             if run.is_due(cfg.checkpoint.interval, step):
                 checkpointer.save(step + 1, actor, demonstrations)
-        if cfg.checkpoint.save_final:
-            checkpointer.save(cfg.train.num_steps, actor, demonstrations)
-        if cfg.checkpoint.export_hf:
-            export_hf_checkpoint(run.folder / "hf", actor.weight_source(), cfg.model.hf_path, parallel)
+        run.finish(checkpointer, actor, demonstrations)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

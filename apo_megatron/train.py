@@ -27,66 +27,71 @@ from apo_megatron.rollout.groups import (
     score_groups,
     step_sampling,
 )
-from apo_megatron.run import Evaluator, Run, load_training_data, mean_metrics
+from apo_megatron.run import Evaluator, Run, fixed_settings, load_training_data, mean_metrics
 from apo_megatron.telemetry.command import parse_command_line, run_command
-from apo_megatron.weights.export import export_hf_checkpoint
 
 
 def train(cfg: RLConfig) -> None:
     """Run all steps. Raises the errors of ``errors.py`` for what a user can mend."""
     parallel = init_parallel(cfg.parallel, cfg.train.seed)
     data = load_training_data(cfg)
-    run = Run(cfg, parallel, title="training")
-    num_updates = cfg.train.num_steps * cfg.train.num_mini_batches
-    actor = MegatronActor(
-        cfg.model, cfg.optimizer, parallel, cfg.train.micro_batch_size, num_updates, cfg.rollout.temperature
-    )
-    reference = actor.snapshot()  # pi_ref, before anything is resumed
-    objective = build_objective(cfg.objective)
-    engine = build_engine(cfg.rollout, cfg.model, parallel.device)
-    checkpointer = Checkpointer(run.folder / "checkpoints", parallel)
-    start = checkpointer.load_latest(actor, data.prompts) if cfg.checkpoint.resume == "auto" else 0
-    engine.update_weights(actor.weight_source(), version=start)
-    evaluator = Evaluator(cfg, parallel, run, engine, data)
-
-    with run:
+    with Run(cfg, parallel, title="training") as run:
+        actor = MegatronActor(
+            cfg.model,
+            cfg.optimizer,
+            parallel,
+            cfg.train.micro_batch_size,
+            num_updates=cfg.train.num_steps * cfg.train.num_mini_batches,
+            temperature=cfg.rollout.temperature,
+        )
+        objective = build_objective(cfg.objective)
+        # pi_ref, before anything is resumed
+        reference = None if objective.reference_scope == "none" else actor.snapshot()
+        engine = build_engine(cfg.rollout, cfg.model, parallel.device)
+        checkpointer = Checkpointer(run.folder / "checkpoints", fixed_settings(cfg), parallel)
+        start = run.resume(checkpointer, actor, data.prompts)
+        engine.update_weights(actor.weight_source(), version=start)
+        evaluator = Evaluator(cfg, parallel, run, engine, data)
         if cfg.evaluation.at_start and start == 0:
             evaluator.run("start")
+
+        num_samples = cfg.data.prompts_per_step * cfg.rollout.group_size // parallel.world
         for step in range(start, cfg.train.num_steps):
             prompts = data.prompts.next_batch()
-            with run.phase("rollout") as advance:
-                groups = sample_groups(engine, prompts, step_sampling(cfg, step), parallel)
+            with run.phase("rollout", num_samples) as advance:
+                groups = sample_groups(engine, prompts, step_sampling(cfg, step), parallel, advance)
                 score_groups(groups, data.reward)
                 groups = gather_groups(groups, prompts, parallel)
                 assign_advantages(groups, cfg.objective)
-                metrics = group_metrics(groups)
-                advance(len(groups), tokens=round(metrics["response_tokens"]))
+            metrics = group_metrics(groups)
             sequences = trained_sequences(groups)
             metrics["skipped_step"] = float(not sequences)
             if sequences:  # else every group is all right or all wrong: nothing to learn from
                 seed = (cfg.train.seed, step)
                 batch = make_batch(sequences, cfg.objective, parallel, cfg.train.num_mini_batches, seed)
-                with run.phase("old log-probs"):
-                    batch.sequences = actor.attach_old_log_probs(batch.sequences)
-                with run.phase("reference"), actor.weights_from(reference):
-                    batch.sequences, found = actor.attach_reference(batch.sequences, objective)
-                with run.phase("update"):
-                    updates = [actor.update(part, objective) for part in batch.mini_batches()]
+                with run.phase("old log-probs", batch.num_sequences) as advance:
+                    batch.sequences = actor.attach_old_log_probs(batch.sequences, advance)
+                if reference is not None:
+                    total = batch.num_in_scope(objective.reference_scope)
+                    with run.phase("reference", total) as advance, actor.weights_from(reference):
+                        batch.sequences, found = actor.attach_reference(batch.sequences, objective, advance)
+                    metrics |= found
+                with run.phase("update", batch.num_sequences) as advance:
+                    updates = [actor.update(part, objective, advance) for part in batch.mini_batches()]
                 with run.phase("weight sync"):
                     engine.update_weights(actor.weight_source(), version=step + 1)
-                metrics = {**metrics, **found, **mean_metrics(updates)}
+                metrics |= mean_metrics(updates)
             if run.is_due(cfg.evaluation.interval, step):
-                metrics.update(evaluator.metrics())
+                metrics |= evaluator.metrics()
             run.finish_step(step, metrics)
-            if actor.consecutive_skips >= cfg.train.max_skipped_updates:
+            if actor.most_consecutive_skips >= cfg.train.max_skipped_updates:
                 raise run.diverged(checkpointer.save(step + 1, actor, data.prompts))
             if run.is_due(cfg.checkpoint.interval, step):
                 checkpointer.save(step + 1, actor, data.prompts)
+
         evaluator.run("final")
-        if cfg.checkpoint.save_final:
-            checkpointer.save(cfg.train.num_steps, actor, data.prompts)
-        if cfg.checkpoint.export_hf:
-            export_hf_checkpoint(run.folder / "hf", actor.weight_source(), cfg.model.hf_path, parallel)
+        engine.close()
+        run.finish(checkpointer, actor, data.prompts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -60,14 +60,6 @@ class SampleGroup:
 
 
 @dataclass(frozen=True)
-class TopKSupport:
-    """What the reference pass keeps of a token: 4 * (K + 1) bytes, nothing of size V (apo.md 2.7)."""
-
-    ids: torch.Tensor  # [..., K] int32, global token ids; -1 = excluded or padded
-    log_mass: torch.Tensor  # [...] fp32, log Z = log of the reference mass on ids; -inf where empty
-
-
-@dataclass(frozen=True)
 class MicroBatch:
     """Right-padded sequences as the model sees them. Optional fields are filled by the actor's passes."""
 
@@ -76,12 +68,14 @@ class MicroBatch:
     loss_mask: torch.Tensor  # [B, S] bool, True where targets[:, t] is a trained response token
     advantages: torch.Tensor  # [B, S] fp32
     loss_weights: torch.Tensor  # [B, S] fp32, 1 / global denominator of the aggregation; 0 off the mask
-    sequence_ids: torch.Tensor  # [B] int64, position of the sequence in the global batch; -1 = padding row
     rollout_log_probs: torch.Tensor | None = None  # [B, S] fp32
     old_log_probs: torch.Tensor | None = None  # [B, S] fp32
     reference_log_probs: torch.Tensor | None = None  # [B, S] fp32
-    reference_support_ids: torch.Tensor | None = None  # [B, S, K] int32, -1 = not in the set
-    reference_anchor_log_mass: torch.Tensor | None = None  # [B, S] fp32
+    # What the reference pass keeps of a token: 4 * (K + 1) bytes, nothing of size V.
+    reference_support_ids: torch.Tensor | None = (
+        None  # [B, S, K] int32, -1 = excluded, padded or no reference
+    )
+    reference_anchor_log_mass: torch.Tensor | None = None  # [B, S] fp32, log Z; NaN where no reference
 
     @property
     def num_sequences(self) -> int:

@@ -38,7 +38,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "apo_megatron.weights.architecture",
         "apo_megatron.evaluation.pass_at_k",
     ),
-    "contracts": ("apo_megatron.types", "apo_megatron.config", "apo_megatron.errors"),
+    "contracts": ("apo_megatron.types", "apo_megatron.config", "apo_megatron.errors", "apo_megatron.files"),
 }
 PACKAGE = "apo_megatron"  # its __init__ holds the version only: anyone may import it
 NEVER_IMPORTS = (("apo_megatron.rollout", "apo_megatron.actor"),)

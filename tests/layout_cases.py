@@ -52,10 +52,10 @@ def column_weights(num_columns: int) -> Tensor:
 
 @functools.cache
 def micro_batches() -> list[dict[str, Tensor]]:
-    """Right-padded, of unequal lengths, with ragged masks; one has no trained token at all."""
+    """Right-padded to one shape, with ragged masks; one has no trained token at all."""
     generator = torch.Generator().manual_seed(1)
     batches = []
-    for lengths, padded in (([5, 8, 3], 8), ([6, 6, 1], 6), ([4, 2, 0], 8), ([8, 6, 7], 8)):
+    for lengths, padded in (([5, 8, 3], 8), ([6, 6, 1], 8), ([4, 2, 0], 8), ([8, 6, 7], 8)):
         real = torch.arange(padded) < torch.tensor(lengths)[:, None]
         tokens = torch.randint(2, VOCAB_SIZE, real.shape, generator=generator) * real
         mask = (torch.rand(real.shape, generator=generator) > 0.4) & real

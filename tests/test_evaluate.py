@@ -20,7 +20,7 @@ from apo_megatron.config import EvaluationConfig, RolloutConfig
 from apo_megatron.errors import DataError
 from apo_megatron.evaluation import pass_at_k
 from apo_megatron.evaluation.harness import PassAtKResult, evaluate_pass_at_k
-from apo_megatron.rollout.engine import SamplingParams
+from apo_megatron.rollout.engine import Progress, SamplingParams
 from apo_megatron.types import Completion, Prompt
 from tests.distributed import run_distributed
 from tests.test_rollout import make_engine
@@ -45,7 +45,9 @@ class ScriptedEngine:
     def __init__(self) -> None:
         self.calls: list[tuple[int, SamplingParams]] = []
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, progress: Progress | None = None
+    ) -> list[list[Completion]]:
         self.calls.append((len(prompts), sampling))
         return [[self._completion(p, s) for s in range(sampling.num_samples)] for p in prompts]
 

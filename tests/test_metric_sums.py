@@ -1,4 +1,4 @@
-"""Metric sums: split and merge change nothing, quantiles are right to their resolution."""
+"""Metric sums: splits change nothing, quantiles are right to their resolution."""
 
 from __future__ import annotations
 
@@ -57,18 +57,7 @@ def test_any_split_gives_the_same_result_also_with_empty_parts() -> None:
     total = torch.stack([rank.flat() for rank in ranks]).sum(dim=0)
     assert total.dtype == torch.float64
     ranks[0].load_flat(total)
-    merged = MetricSums()
-    for rank in (gathered(*parts[:3]), gathered(*parts[3:])):
-        merged.merge(rank)
-    for result in (ranks[0].finalize(), merged.finalize()):
-        assert result == pytest.approx(whole, rel=1e-12)
-
-
-def test_merge_leaves_the_other_as_it_was() -> None:
-    first, second = MetricSums(), gathered({"x": TokenMetric(torch.ones(2))})
-    first.merge(second)
-    first.add({"x": TokenMetric(torch.zeros(2))})
-    assert (first.finalize(), second.finalize()) == ({"x": 0.5}, {"x": 1.0})
+    assert ranks[0].finalize() == pytest.approx(whole, rel=1e-12)
 
 
 def test_values_outside_the_mask_may_be_anything() -> None:

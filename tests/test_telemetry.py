@@ -36,7 +36,7 @@ QUIET = LoggingConfig(tensorboard=False)
 def test_metrics_are_one_flushed_line_a_call(tmp_path: Path) -> None:
     logger = MetricsLogger(tmp_path / "run", QUIET, is_main=True)
     logger.log(1, {"reward": 0.5, "entropy": math.nan, "ratio": math.inf, "norm": torch.tensor(2.0)})  # type: ignore[dict-item]
-    logger.log(1, {"pass_at_1": np.float32(0.25)}, prefix="eval/")  # type: ignore[dict-item]
+    logger.log(1, {"eval/pass_at_1": np.float32(0.25)})  # type: ignore[dict-item]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()  # before close
     assert json.loads(lines[0]) == {"step": 1, "reward": 0.5, "entropy": None, "ratio": None, "norm": 2.0}
     assert json.loads(lines[1]) == {"step": 1, "eval/pass_at_1": 0.25}
@@ -244,7 +244,7 @@ def raising(error: BaseException) -> object:
         (ConfigError("train.seed: found 'x'"), 2, "error: train.seed: found 'x'\n"),
         (WeightMappingError("no rule for 'a.b'"), 2, "error: no rule for 'a.b'\n"),
         (CheckpointError("truncated"), 2, "error: truncated\n"),
-        (FileNotFoundError(2, "No such file", "data/x.jsonl"), 2, "error: file not found: data/x.jsonl\n"),
+        (FileNotFoundError(2, "No such file", "data/x.jsonl"), 2, "error: No such file: data/x.jsonl\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )

@@ -101,7 +101,7 @@ def test_a_run_leaves_config_metrics_evaluations_picture_and_model(
         "reward", "entropy", "support_coverage", "support_coverage_reference", "anchor_mass",
         "anchor_ratio_p50",
         "reference_anchor_mass_p05", "sampled_in_support", "clip_fraction_low", "clip_fraction_high",
-        "rectified_clip_fraction", "kl_old", "kl_reference_old", "mixed_group_share", "response_length",
+        "rectified_clip_fraction", "kl_old", "kl_old_to_reference", "mixed_group_share", "response_length",
         "truncation_rate", "grad_norm", "rollout_log_prob_gap", "time/rollout", "time/update",
     }  # fmt: skip
     assert watched <= rows[-1].keys()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -15,14 +14,20 @@ from megatron.core.distributed import (
 )
 from torch import Tensor
 
-from apo_megatron.actor.forward_step import TokenFunction, VocabEnd, run_forward, run_forward_backward
+from apo_megatron.actor.forward_step import (
+    Progress,
+    TokenFunction,
+    TokenTerms,
+    run_forward,
+    run_forward_backward,
+)
 from apo_megatron.actor.micro_batches import split_into_micro_batches
 from apo_megatron.actor.optimizer import build_optimizer, build_scheduler
 from apo_megatron.actor.snapshot import WeightSnapshot
 from apo_megatron.config.schema import ModelConfig, OptimizerConfig
 from apo_megatron.models.build import build_policy_model
 from apo_megatron.models.hf_config import read_architecture
-from apo_megatron.models.transformer_config import padded_vocab_size
+from apo_megatron.models.transformer_config import TORCH_DTYPES
 from apo_megatron.objectives.diagnostics import MetricSums
 from apo_megatron.objectives.interface import TokenMetric
 from apo_megatron.objectives.kl import kl_k3
@@ -54,7 +59,7 @@ class MegatronActor:
         self.parallel = parallel
         self.architecture = read_architecture(model_cfg.hf_path)
         self.micro_batch_size = micro_batch_size
-        dtype = getattr(torch, model_cfg.dtype)
+        dtype = TORCH_DTYPES[model_cfg.dtype]
         models = build_policy_model(self.architecture, model_cfg, parallel)
         load_hf_weights(models, self.architecture, model_cfg.hf_path, parallel)
         self.config = models[0].config
@@ -68,20 +73,17 @@ class MegatronActor:
             optimizer_cfg, self.model_chunks, dtype, parallel.dims.distributed_optimizer
         )
         self.scheduler = build_scheduler(optimizer_cfg, self.optimizer, num_updates)
-        columns = padded_vocab_size(
-            self.architecture.vocab_size, model_cfg.make_vocab_size_divisible_by, parallel.dims.tensor
-        )
-        self.vocab_end = VocabEnd(
+        self.token_terms = TokenTerms(
             VocabShard.of_rank(
                 parallel.tensor_rank,
                 parallel.dims.tensor,
-                columns,
+                models[0].vocab_size,  # padded
                 self.architecture.vocab_size,
                 parallel.tensor_group,
             ),
             temperature,
         )
-        self.consecutive_skips = 0
+        self._consecutive_skips = self.most_consecutive_skips = 0
         self._weight_source = WeightSource(models, self.architecture, parallel)
 
     def weight_source(self) -> WeightSource:
@@ -92,15 +94,13 @@ class MegatronActor:
         """A host copy of this rank's weights as they are now."""
         return WeightSnapshot(p for chunk in self.model_chunks for p in chunk.parameters())
 
-    @contextmanager
-    def weights_from(self, snapshot: WeightSnapshot) -> Iterator[None]:
+    def weights_from(self, snapshot: WeightSnapshot) -> AbstractContextManager[None]:
         """The model holds ``snapshot``'s weights inside the block."""
-        with snapshot.in_place():
-            yield
+        return snapshot.in_place()
 
-    def attach_old_log_probs(self, sequences: MicroBatch) -> MicroBatch:
-        """Fill ``old_log_probs`` with the log-probs under the current weights."""
-        results = self._forward(sequences, self.vocab_end.log_probs)
+    def attach_old_log_probs(self, sequences: MicroBatch, progress: Progress | None = None) -> MicroBatch:
+        """Fill ``old_log_probs`` with the log-probs under the current weights (on the last stage)."""
+        results = self._forward(sequences, self.token_terms.log_probs, progress)
         if not results:
             return sequences
         return sequences.with_fields(
@@ -108,7 +108,7 @@ class MegatronActor:
         )
 
     def attach_reference(
-        self, sequences: MicroBatch, objective: Objective
+        self, sequences: MicroBatch, objective: Objective, progress: Progress | None = None
     ) -> tuple[MicroBatch, dict[str, float]]:
         """Fill the reference fields that ``objective`` needs; call it with the reference weights in place.
 
@@ -124,10 +124,11 @@ class MegatronActor:
         results = self._forward(
             chosen,
             partial(
-                self.vocab_end.reference,
+                self.token_terms.reference,
                 topk=objective.support_size,
                 exclude_sampled=objective.exclude_sampled,
             ),
+            progress,
         )
         sums = MetricSums()
         filled: dict[str, Tensor] = {}
@@ -144,11 +145,13 @@ class MegatronActor:
                 )
         return sequences.with_fields(**filled), self._reduce(sums)
 
-    def update(self, mini_batch: MicroBatch, objective: Objective) -> dict[str, float]:
+    def update(
+        self, mini_batch: MicroBatch, objective: Objective, progress: Progress | None = None
+    ) -> dict[str, float]:
         """One optimizer update on ``mini_batch``; its metrics, the same on every rank.
 
         A loss or gradient that is not finite leaves weights, optimizer and schedule as they are and
-        counts in ``skipped_update`` (and ``consecutive_skips``).
+        counts in ``skipped_update`` (and ``most_consecutive_skips``, of the run so far).
         """
         for chunk in self.model_chunks:
             chunk.zero_grad_buffer()
@@ -157,29 +160,34 @@ class MegatronActor:
         run_forward_backward(
             self.model_chunks,
             split_into_micro_batches(mini_batch, self.micro_batch_size, self.parallel),
-            partial(self.vocab_end.loss, objective),
+            partial(self.token_terms.loss, objective),
             sums.add,
+            progress,
         )
         metrics = self._reduce(sums)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        finite = not any_rank(not self._gradients_are_finite(), self.parallel)
-        if finite:
+        is_finite = math.isfinite(metrics["loss"]) and self._gradients_are_finite()
+        is_skipped = any_rank(not is_finite, self.parallel)
+        if is_skipped:
+            grad_norm = math.nan
+            self._consecutive_skips += 1
+            self.most_consecutive_skips = max(self.most_consecutive_skips, self._consecutive_skips)
+        else:
             _, grad_norm, _ = self.optimizer.step()
             self.scheduler.step(increment=1)
-            self.consecutive_skips = 0
-        else:
-            grad_norm = math.nan
-            self.consecutive_skips += 1
+            self._consecutive_skips = 0
         return {
             **metrics,
             "grad_norm": float(grad_norm),
             "learning_rate": learning_rate,
-            "skipped_update": float(not finite),
+            "skipped_update": float(is_skipped),
         }
 
-    def _forward(self, sequences: MicroBatch, function: TokenFunction) -> dict[str, Tensor]:
+    def _forward(
+        self, sequences: MicroBatch, function: TokenFunction, progress: Progress | None
+    ) -> dict[str, Tensor]:
         micro_batches = split_into_micro_batches(sequences, self.micro_batch_size, self.parallel)
-        return run_forward(self.model_chunks, micro_batches, function)
+        return run_forward(self.model_chunks, micro_batches, function, progress)
 
     def _reduce(self, sums: MetricSums) -> dict[str, float]:
         """Metrics of the whole mini-batch, the same on every rank."""
@@ -206,14 +214,14 @@ def _finalize_without_rescaling(model: list[torch.nn.Module], _num_tokens: objec
 def _reference_metrics(results: dict[str, Tensor], sequences: MicroBatch) -> dict[str, TokenMetric]:
     """What the reference pass alone can tell, on tokens with A < 0, so that nothing of it need be kept.
 
-    ``kl_reference_old``: k3 of KL(pi_old || pi_ref), of the policy that drew the samples.
+    ``kl_old_to_reference``: k3 of KL(pi_old || pi_ref), of the policy that drew the samples.
     """
     mask = sequences.loss_mask
     is_wrong = sequences.advantages[mask] < 0
     metrics = {}
     if sequences.old_log_probs is not None:
-        gap = kl_k3(sequences.old_log_probs[mask], results["log_probs"])
-        metrics["kl_reference_old"] = TokenMetric(gap, is_wrong)
+        kl = kl_k3(sequences.old_log_probs[mask], results["log_probs"])
+        metrics["kl_old_to_reference"] = TokenMetric(kl, is_wrong)
     if "coverage" in results:
         metrics["support_coverage_reference"] = TokenMetric(results["coverage"], is_wrong)
     return metrics

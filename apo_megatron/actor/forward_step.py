@@ -22,17 +22,18 @@ from apo_megatron.types import MicroBatch
 
 TokenResults = dict[str, Tensor]
 TokenFunction = Callable[[Tensor, MicroBatch], TokenResults]  # logits [T, V/p] -> named [T, ...]
+Progress = Callable[[int, int], None]  # so many more sequences and trained tokens went through the model
 
 
 @dataclass(frozen=True)
-class VocabEnd:
-    """Where the logits become per-token terms: this rank's columns and the temperature."""
+class TokenTerms:
+    """Turns logits into what the passes and the loss need of each token; consumes the logits it is given."""
 
     shard: VocabShard
     temperature: float
 
     def log_probs(self, logits: Tensor, batch: MicroBatch) -> TokenResults:
-        """log pi(y) of the trained tokens; consumes the logits."""
+        """log pi(y) of the trained tokens."""
         targets = batch.targets[batch.loss_mask]
         terms = vocab_parallel_policy_terms(
             logits, targets, targets.new_empty(len(targets), 0), self.shard, self.temperature
@@ -89,8 +90,16 @@ def _masked(values: Tensor | None, mask: Tensor) -> Tensor | None:
     return None if values is None else values[mask]
 
 
+def _num_sequences_and_tokens(batch: MicroBatch) -> tuple[int, int]:
+    tokens = batch.loss_mask.sum(dim=1)
+    return int((tokens > 0).sum()), int(tokens.sum())
+
+
 def run_forward(
-    model_chunks: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], function: TokenFunction
+    model_chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    function: TokenFunction,
+    progress: Progress | None = None,
 ) -> TokenResults:
     """``function`` of every micro-batch without gradients: {name: [T of all, ...]}; {} off the last stage."""
 
@@ -99,7 +108,7 @@ def run_forward(
         return function(logits, batch)
 
     with torch.no_grad():
-        results = _run_schedule(model_chunks, micro_batches, collect, forward_only=True)
+        results = _run_schedule(model_chunks, micro_batches, collect, progress, forward_only=True)
     return {name: torch.cat([r[name] for r in results]) for name in results[0]} if results else {}
 
 
@@ -108,6 +117,7 @@ def run_forward_backward(
     micro_batches: Sequence[MicroBatch],
     loss: Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, TokenMetric]]],
     consume_metrics: Callable[[dict[str, TokenMetric]], None],
+    progress: Progress | None = None,
 ) -> None:
     """Accumulate the gradients of all micro-batches into the DDP buffers, reduced over data parallel."""
 
@@ -117,20 +127,26 @@ def run_forward_backward(
         # Three results: Megatron then applies no scale of its own (calculate_per_token_loss).
         return value, torch.ones((), dtype=torch.int, device=value.device), None
 
-    _run_schedule(model_chunks, micro_batches, loss_and_metrics, forward_only=False)
+    _run_schedule(model_chunks, micro_batches, loss_and_metrics, progress, forward_only=False)
 
 
 def _run_schedule(
     model_chunks: Sequence[torch.nn.Module],
     micro_batches: Sequence[MicroBatch],
     at_the_end: Callable[..., Any],
+    progress: Progress | None,
     forward_only: bool,
 ) -> list[Any]:
+    # Counted before the first forward: on a GPU, reading a count later would wait for all work so far.
+    counts = iter([_num_sequences_and_tokens(batch) for batch in micro_batches] if progress else [])
+
     def forward_step(data: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(data)
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
         # Right padding under a causal mask: no attention mask is needed.
         output = model(batch.tokens, positions, None, loss_mask=batch.loss_mask)
+        if progress is not None and model is model_chunks[-1]:
+            progress(*next(counts))
         return output, partial(at_the_end, batch)
 
     iterators = [iter(micro_batches) for _ in model_chunks]

@@ -48,7 +48,6 @@ def _with_padding_rows(sequences: MicroBatch, num_rows: int, length: int) -> Mic
             if tensor.shape[1] < length:  # a rank without sequences
                 shape = (tensor.shape[0], length - tensor.shape[1], *tensor.shape[2:])
                 tensor = torch.cat([tensor, tensor.new_zeros(shape)], dim=1)
-        fill = -1 if item.name == "sequence_ids" else 0
-        padding = tensor.new_full((missing, *tensor.shape[1:]), fill)
+        padding = tensor.new_zeros((missing, *tensor.shape[1:]))
         values[item.name] = torch.cat([tensor, padding]) if missing else tensor
     return MicroBatch(**values)

@@ -15,10 +15,6 @@ class WeightSnapshot:
         self._parameters = list(parameters)
         self._copies = [_host_copy(p.detach()) for p in self._parameters]
 
-    def num_bytes(self) -> int:
-        """Host memory held."""
-        return sum(copy.numel() * copy.element_size() for copy in self._copies)
-
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The parameters hold the snapshot inside the block; what they held is restored after it."""

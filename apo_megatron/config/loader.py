@@ -5,7 +5,6 @@ Everything that is wrong is reported in one ConfigError, a line each: ``file:lin
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,6 +17,7 @@ from pydantic_core import ErrorDetails
 from apo_megatron.config.describe import describe_type, describe_value, section_of
 from apo_megatron.config.yaml_source import KeyPath, YamlError, YamlSource, read_yaml
 from apo_megatron.errors import ConfigError
+from apo_megatron.files import write_atomically
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -50,13 +50,9 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = 
 def dump_config(cfg: BaseModel, path: str | Path) -> None:
     """Write the resolved config as YAML that ``load_config`` reads back to an equal config.
 
-    Written aside and renamed, so that a reader never sees half a file.
+    A reader never sees half a file.
     """
-    path = Path(path)
-    text = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_atomically(path, yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def _read_file(path: Path) -> YamlSource:

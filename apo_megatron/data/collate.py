@@ -14,6 +14,7 @@ import torch
 
 from apo_megatron.config.schema import ObjectiveConfig
 from apo_megatron.objectives.aggregation import sequence_weights
+from apo_megatron.objectives.objective import ReferenceScope
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.types import MicroBatch, SampleGroup
 
@@ -32,8 +33,17 @@ class TrainingSequence:
 class Batch:
     """One step's sequences of this data rank, divided into mini-batches (one optimizer update each)."""
 
-    sequences: MicroBatch  # [N, S], mini-batch after mini-batch
+    sequences: MicroBatch  # [N, S], mini-batch after mini-batch; the actor's passes fill its fields
     mini_batch_sizes: tuple[int, ...]  # of this rank; sums to N
+    num_wrong: int  # of these sequences have A < 0
+
+    @property
+    def num_sequences(self) -> int:
+        return self.sequences.num_sequences
+
+    def num_in_scope(self, reference_scope: ReferenceScope) -> int:
+        """Sequences of this rank that a reference pass of that scope looks at."""
+        return {"none": 0, "wrong": self.num_wrong, "all": self.num_sequences}[reference_scope]
 
     def mini_batches(self) -> list[MicroBatch]:
         """The share of this rank in each mini-batch (possibly empty)."""
@@ -44,7 +54,7 @@ class Batch:
 def trained_sequences(groups: Sequence[SampleGroup]) -> list[TrainingSequence]:
     """The samples that carry a gradient: those of groups with mixed rewards that were judged.
 
-    Groups with zero spread have advantage 0 everywhere and are left out (apo.md 2.6).
+    Groups with zero spread have advantage 0 everywhere and are left out.
     """
     chosen = []
     for group in groups:
@@ -91,17 +101,18 @@ def make_batch(
     rows = torch.cat(mine).tolist()
     # Sequence parallelism cuts the padded length into equal pieces.
     multiple = parallel.dims.tensor if parallel.dims.sequence_parallel else 1
-    padded = _pad([sequences[i] for i in rows], rows, weights[rows].tolist(), multiple)
+    padded = _pad([sequences[i] for i in rows], weights[rows].tolist(), multiple)
     if sequences[0].rollout_log_probs is None:  # demonstrations were not sampled
         padded.pop("rollout_log_probs")
     return Batch(
         sequences=MicroBatch(**{name: tensor.to(parallel.device) for name, tensor in padded.items()}),
         mini_batch_sizes=tuple(len(part) for part in mine),
+        num_wrong=sum(sequences[row].advantage < 0 for row in rows),
     )
 
 
 def _pad(
-    sequences: list[TrainingSequence], sequence_ids: list[int], weights: list[float], length_multiple: int
+    sequences: list[TrainingSequence], weights: list[float], length_multiple: int
 ) -> dict[str, torch.Tensor]:
     longest = max((len(s.token_ids) for s in sequences), default=2) - 1
     length = -(-longest // length_multiple) * length_multiple
@@ -126,6 +137,5 @@ def _pad(
         "loss_mask": torch.from_numpy(mask),
         "advantages": torch.from_numpy(advantages),
         "loss_weights": torch.from_numpy(loss_weights),
-        "sequence_ids": torch.tensor(sequence_ids, dtype=torch.int64),
         "rollout_log_probs": torch.from_numpy(rollout),
     }

@@ -21,17 +21,15 @@ class SPRMSNorm(torch.nn.RMSNorm):
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_spec_arguments: Any
     ) -> None:
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class SDPACoreAttention(torch.nn.Module):
     """Causal attention on ``scaled_dot_product_attention``, with grouped queries.
 
-    Padded batches: q [S, B, heads, D], k and v [S, B, kv_heads, D] -> [S, B, heads * D]. Right padding
-    needs no mask: a real position never sees what comes after it. Packed sequences (``thd``):
-    q [T, heads, D], k and v [T, kv_heads, D] and cumulative lengths -> [T, heads * D], each on its own.
+    q [S, B, heads, D], k and v [S, B, kv_heads, D] -> [S, B, heads * D]. Right padding needs no mask: a real
+    position never sees what comes after it.
     """
 
     def __init__(
@@ -52,19 +50,9 @@ class SDPACoreAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         assert attention_mask is None and attention_bias is None, "only plain causal attention"
-        if packed_seq_params is None:
-            batched = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-            return self._causal(*batched).permute(2, 0, 1, 3).flatten(2)
-        ends = packed_seq_params.cu_seqlens_q.tolist()
-        outputs = []
-        for start, end in zip(ends, ends[1:], strict=False):
-            sequence = (tensor[start:end].transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
-            outputs.append(self._causal(*sequence).squeeze(0).transpose(0, 1))
-        return torch.cat(outputs).flatten(1)
-
-    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[B, heads, S, D] each -> [B, heads, S, D]."""
-        return F.scaled_dot_product_attention(
+        assert packed_seq_params is None, "packed sequences are not supported"
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        output = F.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -72,3 +60,4 @@ class SDPACoreAttention(torch.nn.Module):
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+        return output.permute(2, 0, 1, 3).flatten(2)

@@ -95,10 +95,6 @@ def _parallel_settings(dims: ParallelDims, device: torch.device) -> dict[str, An
         "context_parallel_size": dims.context,
         "expert_model_parallel_size": dims.expert,
         "sequence_parallel": dims.sequence_parallel,
-        # Micro-batches are padded to their own longest sequence, so stages exchange shapes first.
-        "variable_seq_lengths": dims.pipeline > 1,
-        # Megatron refuses variable lengths with its default dispatcher, dense models included.
-        "moe_token_dispatcher_type": "alltoall",
         # The interleaved schedule at two stages deadlocks with batched sends.
         "batch_p2p_comm": not interleaved,
         "overlap_p2p_comm": interleaved,

@@ -37,13 +37,6 @@ class MetricSums:
             self._states[name] = state if known is None else known + state
             self._is_sum[name] = metric.reduction == "sum"
 
-    def merge(self, other: MetricSums) -> None:
-        """Add what ``other`` has gathered, for instance on other micro-batches."""
-        for name, state in other._states.items():
-            known = self._states.get(name)
-            self._states[name] = state if known is None else known + state
-            self._is_sum[name] = other._is_sum[name]
-
     def flat(self) -> Tensor:
         """Everything that adds up, [n] float64; [0] where nothing was added."""
         if not self._states:

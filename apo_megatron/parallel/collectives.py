@@ -12,9 +12,9 @@ from apo_megatron.parallel.state import ParallelContext
 T = TypeVar("T")
 
 
-def all_reduce_max(value: float, parallel: ParallelContext) -> int:
-    """The largest whole ``value`` of all ranks."""
-    tensor = torch.tensor(int(value), dtype=torch.int64, device=parallel.device)
+def all_reduce_max(value: int, parallel: ParallelContext) -> int:
+    """The largest ``value`` of all ranks."""
+    tensor = torch.tensor(value, dtype=torch.int64, device=parallel.device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=parallel.world_group)
     return int(tensor)
 
@@ -31,6 +31,11 @@ def all_gather_objects(value: T, parallel: ParallelContext) -> list[T]:
     gathered: list[Any] = [None] * parallel.world
     dist.all_gather_object(gathered, value, group=parallel.world_group)
     return gathered
+
+
+def broadcast_from_main(value: T, parallel: ParallelContext) -> T:
+    """The main rank's ``value`` on every rank."""
+    return all_gather_objects(value, parallel)[0]
 
 
 def sum_over_data_parallel(values: torch.Tensor, parallel: ParallelContext) -> torch.Tensor:
@@ -53,4 +58,4 @@ def broadcast_from_last_stage(value: T, parallel: ParallelContext) -> T:
 def barrier(parallel: ParallelContext) -> None:
     """Wait for all ranks."""
     if parallel.world > 1:
-        dist.barrier(group=parallel.world_group)
+        all_reduce_max(0, parallel)  # on this rank's own device, which dist.barrier would have to guess

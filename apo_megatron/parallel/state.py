@@ -88,10 +88,6 @@ class ParallelContext:
         return self.rank == 0
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pipeline_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """The stage that owns logits, losses and their metrics."""
         return self.pipeline_rank == self.dims.pipeline - 1
@@ -115,7 +111,7 @@ def init_parallel(cfg: ParallelConfig, seed: int = 0) -> ParallelContext:
     use_cuda = torch.cuda.is_available()
     backend = "nccl" if use_cuda else "gloo"
     if use_cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = _cuda_device()
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -125,6 +121,18 @@ def init_parallel(cfg: ParallelConfig, seed: int = 0) -> ParallelContext:
     if not dist.is_initialized():
         _init_process_group(backend, rank, world, cfg.timeout_minutes)
     return _megatron_context(dims, device, backend, seed, cfg.timeout_minutes)
+
+
+def _cuda_device() -> torch.device:
+    """This rank's own GPU."""
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= count:
+        processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        raise ConfigError(
+            f"{processes} processes were started where torch sees {count} GPU(s): start one process per GPU, "
+            "or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def _init_process_group(backend: str, rank: int, world: int, timeout_minutes: float) -> None:

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from apo_megatron.config.schema import ModelConfig, RolloutConfig
 from apo_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 from apo_megatron.errors import CheckpointError
+from apo_megatron.models.transformer_config import TORCH_DTYPES
 from apo_megatron.rollout.embedded import EmbeddedEngine
 from apo_megatron.rollout.engine import RolloutEngine
 
@@ -35,7 +36,7 @@ def build_engine(rollout: RolloutConfig, model: ModelConfig, device: torch.devic
         except (OSError, ValueError) as error:
             raise CheckpointError(f"model.hf_path={model.hf_path}: no usable config.json: {error}") from error
         with device:
-            hf_model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
+            hf_model = AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPES[model.dtype])
     return _engine(rollout, model, hf_model, policy_version=-1)
 
 
@@ -48,7 +49,7 @@ def load_engine(rollout: RolloutConfig, model: ModelConfig, device: torch.device
     with _without_touching_random_state(device):
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                model.hf_path, dtype=getattr(torch, model.dtype), output_loading_info=True
+                model.hf_path, dtype=TORCH_DTYPES[model.dtype], use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from apo_megatron.errors import RolloutError
-from apo_megatron.rollout.engine import SamplingParams
+from apo_megatron.rollout.engine import Progress, SamplingParams
 from apo_megatron.rollout.sampling import prompt_uniforms, sample_tokens, sampling_log_probs
 from apo_megatron.types import Completion, Prompt
 
@@ -61,7 +61,9 @@ class EmbeddedEngine:
             )
         self.policy_version = version
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, progress: Progress | None = None
+    ) -> list[list[Completion]]:
         """``num_samples`` completions for each of this rank's prompts, in order; no collective.
 
         The same prompt, seed and weights give the same completion in any batch, up to floating-point noise
@@ -76,6 +78,8 @@ class EmbeddedEngine:
             new = self._complete(chunk, samples, sampling)
             for i, row in enumerate(rows):
                 completions[row] += new[i * len(samples) : (i + 1) * len(samples)]
+            if progress is not None:
+                progress(len(new), sum(len(completion.token_ids) for completion in new))
         return completions
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,6 +10,8 @@ from apo_megatron.types import Completion, Prompt
 
 if TYPE_CHECKING:  # an engine does not need the trainer's imports
     from apo_megatron.weights.source import WeightSource
+
+Progress = Callable[[int, int], None]  # so many more completions are done, with so many tokens
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class RolloutEngine(Protocol):
 
     policy_version: int  # of the weights in use; -1 before the first update_weights
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, progress: Progress | None = None
+    ) -> list[list[Completion]]:
         """``num_samples`` completions for each of *this rank's* prompts, in order (no collective)."""
         ...
 

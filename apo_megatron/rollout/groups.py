@@ -12,7 +12,7 @@ from apo_megatron.objectives.advantages import ADVANTAGE_ESTIMATORS, AdvantageIn
 from apo_megatron.parallel.collectives import all_gather_objects
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.rewards.registry import Reward
-from apo_megatron.rollout.engine import RolloutEngine, SamplingParams
+from apo_megatron.rollout.engine import Progress, RolloutEngine, SamplingParams
 from apo_megatron.rollout.sampling import sampling_params
 from apo_megatron.types import Prompt, Sample, SampleGroup
 
@@ -23,21 +23,25 @@ def step_sampling(cfg: RLConfig, step: int) -> SamplingParams:
 
 
 def sample_groups(
-    engine: RolloutEngine, prompts: Sequence[Prompt], sampling: SamplingParams, parallel: ParallelContext
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    parallel: ParallelContext,
+    progress: Progress | None = None,
 ) -> list[SampleGroup]:
     """The groups of this rank's share of ``prompts`` (every rank passes the same prompts).
 
-    Raises RolloutError where a completion comes from other weights than the engine says it holds.
+    Raises RolloutError where a completion comes from other weights than the engine was given last.
     """
     mine = prompts[parallel.rank :: parallel.world]
     groups = []
-    for prompt, completions in zip(mine, engine.generate(mine, sampling), strict=True):
-        for completion in completions:
-            if completion.policy_version != engine.policy_version:
-                raise RolloutError(
-                    f"prompt {prompt.prompt_id}: a completion of policy version {completion.policy_version}, "
-                    f"expected {engine.policy_version}"
-                )
+    for prompt, completions in zip(mine, engine.generate(mine, sampling, progress), strict=True):
+        versions = {completion.policy_version for completion in completions}
+        if versions != {engine.policy_version}:
+            raise RolloutError(
+                f"prompt {prompt.prompt_id}: completions of policy versions {sorted(versions)}, expected "
+                f"{engine.policy_version}"
+            )
         groups.append(SampleGroup(prompt, [Sample(completion) for completion in completions]))
     return groups
 

@@ -36,7 +36,7 @@ USER_ERRORS = (
     RolloutError,
     RewardError,
     TrainingError,
-    FileNotFoundError,
+    OSError,  # a disk that is full, a path that cannot be read or written
 )
 TRACEBACK_VARIABLE = "APO_MEGATRON_TRACEBACK"
 EXIT_USER_ERROR = 2
@@ -110,8 +110,8 @@ def _report_user_error(error: BaseException) -> None:
     if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
         traceback.print_exception(error)
     message = str(error)
-    if isinstance(error, FileNotFoundError) and error.filename is not None:
-        message = f"file not found: {error.filename}"
+    if isinstance(error, OSError) and error.strerror:
+        message = error.strerror + (f": {error.filename}" if error.filename else "")
     print(f"error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
 
 

@@ -44,15 +44,15 @@ class MetricsLogger:
             _cut_torn_line(path)
         self._file = path.open("a" if append else "w", encoding="utf-8")
 
-    def log(self, step: int, metrics: Mapping[str, float], prefix: str = "") -> None:
-        """Write ``metrics`` of ``step``, each name with ``prefix`` before it; NaN and infinities as null.
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write ``metrics`` of ``step``; NaN and infinities as null.
 
         Values are anything that ``float`` accepts (0-dim tensors too). Flushed at once, so that a reader
         sees every finished step.
         """
         if self._file is None:
             return
-        values = {prefix + name: _number(value) for name, value in metrics.items()}
+        values = {name: _number(value) for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         finite = {name: value for name, value in values.items() if value is not None}

@@ -144,11 +144,6 @@ def with_global_layer(local_name: str, global_layers: Sequence[int]) -> str:
     return _LAYER_SLOT.format(layer=global_layers[int(match[1])]) + local_name[match.end() :]
 
 
-def is_parameter_name(name: str) -> bool:
-    """False for entries of a state dict that hold no weights (TransformerEngine's ``_extra_state``)."""
-    return not name.endswith("_extra_state")
-
-
 def build_table(architecture: Architecture, padded_vocab_size: int | None = None) -> WeightTable:
     """The rules of a model whose Megatron embedding has ``padded_vocab_size`` rows (default: no padding)."""
     hidden = architecture.hidden_size

@@ -27,7 +27,7 @@ class ToyReward:
     judged: int = 0
 
     def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[float]:
-        self.judged += 1
+        self.judged += bool(completions)
         if self.judged > self.fail_after:
             raise RewardError("the verifier is gone")
         return [self.rule(completion) for completion in completions]

@@ -1,0 +1,14 @@
+"""Writing files so that a reader, or a crash, never sees half of one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Write ``text`` beside ``path``, then rename: there is the old content or the new, nothing between."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
