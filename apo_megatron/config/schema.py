@@ -93,7 +93,9 @@ class DataConfig(Section):
     """Training prompts: JSONL, one object a line."""
 
     train_path: str = Field(description="JSONL file with one problem a line.")
-    prompt_field: str = Field("prompt", description="Column with the prompt text.")
+    prompt_field: str = Field(
+        "prompt", description="Column with the prompt text, tokenised as it is: no BOS, no chat template."
+    )
     prompts_per_step: PositiveInt = Field(64, description="Prompts of one step, over all ranks.")
     max_prompt_length: PositiveInt = Field(1024, description="Longer prompts (tokens) are left out, counted.")
     shuffle: bool = Field(True, description="Shuffle every epoch, from train.seed.")
@@ -244,7 +246,9 @@ class SupervisedDataConfig(Section):
     """Demonstrations: JSONL with a prompt and a response column."""
 
     train_path: str = Field(description="JSONL file with one demonstration a line.")
-    prompt_field: str = Field("prompt", description="Column with the prompt text.")
+    prompt_field: str = Field(
+        "prompt", description="Column with the prompt text, tokenised as it is: no BOS, no chat template."
+    )
     response_field: str = Field("response", description="Column with the response text (EOS is added).")
     max_length: PositiveInt = Field(2048, description="Longer examples (tokens) are left out, counted.")
     shuffle: bool = Field(True, description="Shuffle every epoch, from train.seed.")
@@ -285,8 +289,8 @@ class EvaluationConfig(Section):
 class CheckpointConfig(Section):
     """Training checkpoints under run_dir/checkpoints and the final Hugging Face export."""
 
-    interval: NonNegativeInt = Field(0, description="Save every so many steps; 0 = only at the end.")
-    save_final: bool = Field(False, description="Save model, optimizer and step when the run ends.")
+    interval: NonNegativeInt = Field(0, description="Save every so many steps; 0 = never.")
+    save_final: bool = Field(False, description="Save model, optimizer and step when the run ends, too.")
     resume: Literal["auto", "never"] = Field("never", description="auto: go on from the latest checkpoint.")
     export_hf: bool = Field(True, description="Write run_dir/hf (safetensors, config, tokenizer) at the end.")
 

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from report import BASE, METHODS, write_report
 
 from apo_megatron.telemetry.progress import duration
@@ -40,7 +41,7 @@ STAMP = "stage.json"  # in the folder of a finished stage: its command and how l
 BASE_OVERRIDE = "evaluation.at_start="
 
 # Seconds of a stage on two cores, until this run has measured its own.
-EXPECTED_SECONDS = {"data": 15.0, "sft": 180.0, "rl": 250.0}
+EXPECTED_SECONDS = {"data": 10.0, "sft": 150.0, "rl": 180.0}
 
 QUICK_DATA = ("--num-demonstrations", "15360", "--num-train", "64", "--num-heldout", "8")
 QUICK_SFT = ("train.num_steps=60", "optimizer.lr_warmup_steps=0")
@@ -290,9 +291,15 @@ def _identity(command: Sequence[str]) -> list[str]:
     return [part for part in command if not part.startswith(BASE_OVERRIDE)]
 
 
+def _num_ranks(command: Sequence[str]) -> int:
+    return int(command[command.index("--nproc-per-node") + 1]) if "--nproc-per-node" in command else 0
+
+
 def _run(command: Sequence[str]) -> int:
     # One thread a rank: the ranks share the cores. Unbuffered: a log shows each line when it happens.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    if torch.cuda.device_count() < _num_ranks(command):  # a rank needs a GPU of its own: then on the CPU
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
     try:
         return process.wait()
