@@ -189,7 +189,7 @@ def _keep_adam_steps(actor: MegatronActor) -> None:
 
 
 def _add_missing_step(actor: MegatronActor, loaded: dict[str, Any]) -> None:
-    """Put back the step 0 that Megatron leaves out of the state of its optimizers that are not distributed."""
+    """Put back the step 0 that Megatron leaves out where the optimizer is not distributed."""
     for optimizer in _torch_adam_optimizers(actor):
         if not isinstance(optimizer, DistributedOptimizer):
             adam_state = loaded.get("optimizer", loaded)["state"]
