@@ -18,7 +18,6 @@ from apo_megatron.config.schema import ModelConfig
 from apo_megatron.errors import ConfigError
 from apo_megatron.models.build import build_policy_model
 from apo_megatron.models.hf_config import read_architecture
-from apo_megatron.models.local_modules import SDPACoreAttention
 from apo_megatron.models.transformer_config import build_transformer_config, padded_vocab_size
 from apo_megatron.parallel.state import ParallelDims
 from apo_megatron.weights.table import build_table
@@ -97,23 +96,6 @@ def test_llama3_rotary_frequencies_equal_transformers(factor: float) -> None:
     )
     assert attention_scale == 1.0
     torch.testing.assert_close(rotary.inv_freq, expected, rtol=1e-6, atol=0)
-
-
-def test_packed_sequences_attend_only_within_themselves() -> None:
-    config = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0)
-    attention = SDPACoreAttention(config)
-    generator = torch.Generator().manual_seed(0)
-    lengths = [3, 1, 4]
-    query = torch.randn(8, 4, 6, generator=generator)
-    key, value = torch.randn(2, 8, 2, 6, generator=generator)
-    ends = SimpleNamespace(cu_seqlens_q=torch.tensor([0, 3, 4, 8], dtype=torch.int32))
-    packed = attention(query, key, value, packed_seq_params=ends)
-    alone = [
-        attention(q[:, None], k[:, None], v[:, None]).squeeze(1)
-        for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-    ]
-    torch.testing.assert_close(packed, torch.cat(alone))
-    assert packed.shape == (8, 24)
 
 
 # --- reading config.json ---------------------------------------------------------------------------
