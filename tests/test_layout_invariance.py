@@ -76,7 +76,11 @@ def _cases(world: int) -> list[dict[str, Any]]:
     sizes = itertools.cycle(MICRO_BATCH_SIZES)
     cases = []
     for name in WORLDS[world]:
-        for number, (loss, aggregation) in enumerate(itertools.product(LOSSES, AGGREGATIONS)):
+        # First those with the distributed optimizer, then those without: each change of layout makes new
+        # process groups, whose threads stay.
+        for number, (loss, aggregation) in sorted(
+            enumerate(itertools.product(LOSSES, AGGREGATIONS)), key=lambda item: item[0] % 2
+        ):
             cases.append(
                 {
                     "name": f"{world}:{name}:{loss}:{aggregation}",
