@@ -117,7 +117,7 @@ def test_tokenizer_must_fit_the_model(tmp_path: Path, tokenizer: PreTrainedToken
         check_tokenizer(tokenizer, len(WORDS) - 1, "here")
     with pytest.raises(ConfigError, match="here: the tokenizer has no EOS token"):
         check_tokenizer(word_tokenizer(), len(WORDS), "here")
-    with pytest.raises(ConfigError, match="no tokenizer found"):
+    with pytest.raises(ConfigError, match="no tokenizer could be loaded"):
         load_tokenizer(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no tokenizer found"):
