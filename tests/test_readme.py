@@ -10,6 +10,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from apo_megatron.config import RLConfig, SFTConfig, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-CONFIG_CLASSES = {"apo_megatron.train": RLConfig, "apo_megatron.sft": SFTConfig}
+CONFIG_CLASSES: dict[str, Any] = {"apo_megatron.train": RLConfig, "apo_megatron.sft": SFTConfig}
 
 
 def _commands(first_word: str) -> list[list[str]]:

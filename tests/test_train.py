@@ -32,7 +32,7 @@ def _rl(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
         "parallel": {"tensor_parallel_size": 2},
         "rollout": {"group_size": 4, "max_new_tokens": 5},
         "objective": {"loss_mode": "apo_ratio"},
-        "optimizer": {"lr": 1e-3, "lr_warmup_steps": 6},
+        "optimizer": {"lr": 5e-3, "lr_warmup_steps": 6},
         "evaluation": {"data_path": None},
         "logging": {"tensorboard": False},
     }
@@ -125,7 +125,7 @@ def test_training_raises_the_reward_and_the_export_loads_in_transformers(
         json.loads((folder / f"evaluation_{tag}.json").read_text())["pass_at_k"]["1"]
         for tag in ("start", "final")
     )
-    assert final > start
+    assert final > start + 0.1
     model = AutoModelForCausalLM.from_pretrained(folder / "hf")
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
