@@ -34,6 +34,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "pure": (
         "apo_megatron.objectives",
         "apo_megatron.weights.layouts",
+        "apo_megatron.weights.rules",
+        "apo_megatron.weights.families",
         "apo_megatron.weights.table",
         "apo_megatron.weights.architecture",
         "apo_megatron.evaluation.pass_at_k",

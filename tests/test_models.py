@@ -132,7 +132,7 @@ def test_head_dim_is_read_where_it_is_not_the_quotient(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gpt2"}, ["model_type='gpt2'", "qwen2, qwen3, llama"]),
+        ({"model_type": "gpt2"}, ["model_type='gpt2'", "llama, mistral, qwen2, qwen3"]),
         ({"use_sliding_window": True}, ["use_sliding_window=True", "False"]),
         ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope", "yarn", "default or llama3"]),

@@ -26,7 +26,7 @@ from apo_megatron.weights.layouts import (
 )
 from apo_megatron.weights.load import check_checkpoint
 from apo_megatron.weights.safetensors_io import INDEX_FILE, SafetensorsReader, write_hf_checkpoint
-from apo_megatron.weights.table import build_table, with_global_layer
+from apo_megatron.weights.table import build_table, with_global_numbers
 from tests.layout_cases import BUCKET_BYTES, CASES, reference, results
 from tests.tiny_models import FAMILIES, Family, make_tiny_model
 
@@ -104,10 +104,10 @@ def test_lookup_knows_transformer_engine_names_and_refuses_others(tmp_path: Path
 
 
 def test_local_layer_index_becomes_global() -> None:
-    assert with_global_layer("decoder.layers.1.mlp.linear_fc1.weight", [2, 3]) == (
+    assert with_global_numbers("decoder.layers.1.mlp.linear_fc1.weight", [2, 3]) == (
         "decoder.layers.3.mlp.linear_fc1.weight"
     )
-    assert with_global_layer("output_layer.weight", [2, 3]) == "output_layer.weight"
+    assert with_global_numbers("output_layer.weight", [2, 3]) == "output_layer.weight"
 
 
 def test_entry_names_the_parameter_of_a_wrong_shape(tmp_path: Path) -> None:

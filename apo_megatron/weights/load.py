@@ -14,8 +14,9 @@ from apo_megatron.errors import WeightMappingError
 from apo_megatron.models.hf_config import resolve_model_path
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.weights.architecture import Architecture
+from apo_megatron.weights.rules import WeightEntry
 from apo_megatron.weights.safetensors_io import SafetensorsReader
-from apo_megatron.weights.table import WeightEntry, WeightTable, build_table, with_global_layer
+from apo_megatron.weights.table import WeightTable, build_table, with_global_numbers
 
 
 def named_entries(
@@ -29,7 +30,7 @@ def named_entries(
     for chunk in unwrap_model(list(model_chunks)):
         global_layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         for name, parameter in chunk.named_parameters():
-            yield table.lookup(with_global_layer(name, global_layers)), parameter
+            yield table.lookup(with_global_numbers(name, global_layers)), parameter
 
 
 def table_of(model_chunks: Sequence[Module], architecture: Architecture) -> WeightTable:

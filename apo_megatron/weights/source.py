@@ -13,7 +13,7 @@ from torch.nn import Module, Parameter
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.weights.architecture import Architecture
 from apo_megatron.weights.load import named_entries, table_of
-from apo_megatron.weights.table import WeightEntry
+from apo_megatron.weights.rules import WeightEntry
 
 NamedTensors = list[tuple[str, Tensor]]
 
