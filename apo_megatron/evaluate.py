@@ -1,7 +1,7 @@
 """Pass@K of a Hugging Face checkpoint on held-out problems.
 
-    python -m apo_megatron.evaluate --config eval.yaml model.hf_path=runs/apo/hf
-    torchrun --nproc-per-node 2 -m apo_megatron.evaluate --config eval.yaml
+    python -m apo_megatron.evaluate --config examples/countdown/evaluate.yaml model.hf_path=runs/demo/apo/hf
+    torchrun --nproc-per-node 2 -m apo_megatron.evaluate --config examples/countdown/evaluate.yaml
 
 Every rank holds the whole model and takes its share of the problems.
 """

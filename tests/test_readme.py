@@ -14,11 +14,15 @@ from typing import Any
 
 import pytest
 
-from apo_megatron.config import RLConfig, SFTConfig, load_config
+from apo_megatron.config import EvalConfig, RLConfig, SFTConfig, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-CONFIG_CLASSES: dict[str, Any] = {"apo_megatron.train": RLConfig, "apo_megatron.sft": SFTConfig}
+CONFIG_CLASSES: dict[str, Any] = {
+    "apo_megatron.train": RLConfig,
+    "apo_megatron.sft": SFTConfig,
+    "apo_megatron.evaluate": EvalConfig,
+}
 
 
 def _commands(first_word: str) -> list[list[str]]:
