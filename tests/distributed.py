@@ -70,7 +70,7 @@ class DistributedRun:
         if not use_gpu:
             _start_server()
         # CUDA does not survive a fork: ranks with a GPU start from nothing.
-        context = multiprocessing.get_context("spawn" if use_gpu else "forkserver")
+        context: Any = multiprocessing.get_context("spawn" if use_gpu else "forkserver")
         self._processes = [
             context.Process(
                 target=_rank_main,
@@ -87,18 +87,18 @@ class DistributedRun:
         failed = [rank for rank, code in enumerate(exit_codes) if code != 0]
         if failed:
             logs = "\n".join(
-                f"--- rank {rank}: {exit_codes[rank]}\n{self.log(rank)[-4000:]}" for rank in failed
+                f"--- rank {rank} ({exit_codes[rank]})\n{self.log(rank)[-4000:]}" for rank in failed
             )
             raise AssertionError(f"{self._target} failed on ranks {failed}\n{logs}")
         paths = [self._path(f"result{rank}.pt") for rank in range(len(self._processes))]
         return [torch.load(path, weights_only=True) for path in paths]
 
     def exit_codes(self, timeout: float) -> list[int | None]:
-        """Wait until all ranks have ended or one has failed: -N where signal N ended it, None where it runs."""
+        """Wait until all ranks have ended or one has failed. -N: ended by signal N, None: still running."""
         deadline = time.monotonic() + timeout
         while True:
             codes = [process.exitcode for process in self._processes]
-            running = [process.sentinel for process in self._processes if process.exitcode is None]
+            running = [p.sentinel for p, code in zip(self._processes, codes, strict=True) if code is None]
             if not running or any(codes) or time.monotonic() > deadline:
                 return codes
             connection.wait(running, deadline - time.monotonic())
