@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.distributed import run_distributed
-from tests.tiny_models import FAMILIES, Family, make_tiny_model
+from tests.tiny_models import FAMILIES, MOE_FAMILIES, Family, make_tiny_model
 
 VOCAB_SIZE = 107  # padded to 112: a multiple of 8 x TP
 _TP2 = {"tensor_parallel_size": 2}
@@ -28,9 +28,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp_pp2": {**_TP2, **_PP2, "sequence_parallel": True},
     "pp2_vpp2": {**_PP2, "virtual_pipeline_parallel_size": 2},
 }
+DENSE = [family for family in FAMILIES if family not in MOE_FAMILIES]
+_FAMILIES_BY_LAYOUT: dict[str, list[Family]] = {
+    "one": DENSE,
+    "tp2": DENSE,
+    "tp2_sp": ["qwen2", "qwen2_tied", "qwen3"],
+    "pp2": DENSE,
+    "tp2_pp2": DENSE,
+    "tp2_sp_pp2": ["qwen2", "qwen2_tied", "qwen3"],
+    "pp2_vpp2": ["qwen2", "qwen2_tied", "qwen3"],
+}
 CASES: list[tuple[Family, str, str]] = [
-    *[(family, "one", "float32") for family in FAMILIES],
-    *[(family, layout, "float32") for layout in list(LAYOUTS)[1:] for family in FAMILIES[:3]],
+    *[(family, layout, "float32") for layout in LAYOUTS for family in _FAMILIES_BY_LAYOUT[layout]],
     ("qwen2", "pp2_vpp2", "bfloat16"),
 ]
 BUCKET_BYTES = (20_000, 2**29)  # a few tensors at a time, all of a stage at once

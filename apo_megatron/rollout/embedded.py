@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from apo_megatron.errors import RolloutError
 from apo_megatron.rollout.engine import Progress, SamplingParams
 from apo_megatron.rollout.sampling import prompt_uniforms, sample_tokens, sampling_log_probs
+from apo_megatron.rollout.weight_views import weight_views
 from apo_megatron.types import Completion, Prompt
 
 if TYPE_CHECKING:
@@ -42,21 +43,22 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """Copy every tensor of ``source`` into the parameter of its Hugging Face name. Collective.
+        """Copy every tensor of ``source`` into the weights of its Hugging Face name. Collective.
 
-        Raises RolloutError where a name is unknown, a shape differs or a parameter was not filled; the
-        engine then refuses to generate until a whole update went through.
+        Raises RolloutError where a name is unknown, a shape differs or a weight was not filled; the engine
+        then refuses to generate until a whole update went through.
         """
         self.policy_version = -1
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))  # tied ones: both names
+        views = weight_views(self._model)
         filled: set[int] = set()
         for bucket in source.buckets():
-            filled |= _copy_bucket(parameters, bucket)
+            filled |= _copy_bucket(views, bucket)
             del bucket  # its memory is needed for the next one
-        missing = [name for name, p in self._model.named_parameters() if id(p) not in filled]
+        # By address: a tied weight is filled under either of its names.
+        missing = [name for name, view in views.items() if view.data_ptr() not in filled]
         if missing:
             raise RolloutError(
-                f"update to version {version} left {len(missing)} parameters of the rollout model without "
+                f"update to version {version} left {len(missing)} weights of the rollout model without "
                 f"a value: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
             )
         self.policy_version = version
@@ -140,21 +142,19 @@ class EmbeddedEngine:
         ]
 
 
-def _copy_bucket(
-    parameters: dict[str, torch.nn.Parameter], bucket: Sequence[tuple[str, torch.Tensor]]
-) -> set[int]:
-    """Copy the tensors into the parameters of their names; the ``id`` of each parameter that was filled."""
+def _copy_bucket(views: dict[str, torch.Tensor], bucket: Sequence[tuple[str, torch.Tensor]]) -> set[int]:
+    """Copy the tensors into the views of their names; the address of each view that was filled."""
     for name, tensor in bucket:
-        parameter = parameters.get(name)
-        if parameter is None:
+        view = views.get(name)
+        if view is None:
             raise RolloutError(f"the weight source sent {name!r}, which the rollout model does not have")
-        if parameter.shape != tensor.shape:
+        if view.shape != tensor.shape:
             raise RolloutError(
                 f"the weight source sent {name!r} with shape {list(tensor.shape)}, the rollout model expects "
-                f"{list(parameter.shape)}"
+                f"{list(view.shape)}"
             )
-        parameter.copy_(tensor)
-    return {id(parameters[name]) for name, _ in bucket}
+        view.copy_(tensor)
+    return {views[name].data_ptr() for name, _ in bucket}
 
 
 def plan_chunks(
