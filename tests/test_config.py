@@ -269,12 +269,6 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
-        "expert_parallel_is_not_available",
-        ["parallel.expert_parallel_size=4"],
-        ["parallel:", "expert_parallel_size=4"],
-    ),
-    (
-        RLConfig,
         "wrong_tokens_must_not_start_clipped",
         ["objective.apo_pull_coeff=0.3"],
         ["objective:", "apo_push_coeff - apo_pull_coeff = 0.75", "(0.8, 1.28)", "clip_low", "clip_high"],

@@ -1,9 +1,7 @@
-"""The weight table: layouts to the last bit, files good and bad, streams out of every layout."""
+"""The weight table: layouts to the last bit, checks, streams out of every layout."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from apo_megatron.errors import CheckpointError, WeightMappingError
+from apo_megatron.errors import WeightMappingError
 from apo_megatron.models.hf_config import read_architecture
+from apo_megatron.weights.completeness import check_checkpoint
 from apo_megatron.weights.layouts import (
     ColumnParallel,
     FusedGateUp,
@@ -24,10 +22,9 @@ from apo_megatron.weights.layouts import (
     RowParallel,
     VocabParallel,
 )
-from apo_megatron.weights.load import check_checkpoint
-from apo_megatron.weights.safetensors_io import INDEX_FILE, SafetensorsReader, write_hf_checkpoint
+from apo_megatron.weights.safetensors_io import SafetensorsReader
 from apo_megatron.weights.table import build_table, with_global_numbers
-from tests.layout_cases import BUCKET_BYTES, CASES, reference, results
+from tests.layout_cases import BUCKET_BYTES, CASES, digest, reference, results
 from tests.tiny_models import FAMILIES, Family, make_tiny_model
 
 # --- layouts ---------------------------------------------------------------------------------------
@@ -122,78 +119,13 @@ def test_entry_names_the_parameter_of_a_wrong_shape(tmp_path: Path) -> None:
         entry.to_megatron([torch.zeros(64, 64)], 0, 3)
 
 
-# --- files -----------------------------------------------------------------------------------------
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def _sharded(tmp_path: Path, family: Family = "qwen2") -> Path:
-    source = make_tiny_model(tmp_path / "source", family)
-    return write_hf_checkpoint(tmp_path / "sharded", _tensors(source).items(), source, max_shard_bytes=60_000)
-
-
-def test_checkpoint_written_in_shards_is_complete(tmp_path: Path) -> None:
-    folder = _sharded(tmp_path)
-    weight_map = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
-    assert len(set(weight_map.values())) > 2 and not (folder / "model.safetensors").exists()
-    expected = _tensors(tmp_path / "source")
-    with SafetensorsReader(folder) as reader:
-        assert reader.names() == sorted(expected)
-        assert all(reader.shape(name) == tuple(expected[name].shape) for name in expected)
-        assert all(torch.equal(reader.tensor(name), expected[name]) for name in expected)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert torch.equal(model.state_dict()["model.norm.weight"], expected["model.norm.weight"])
-    assert AutoTokenizer.from_pretrained(folder)("w5 w7")["input_ids"] == [5, 7]
-    assert (folder / "generation_config.json").exists()
-
-
-def test_written_config_names_the_dtype_of_the_weights(tmp_path: Path) -> None:
-    source = make_tiny_model(tmp_path / "source")
-    halves = ((name, tensor.bfloat16()) for name, tensor in _tensors(source).items())
-    folder = write_hf_checkpoint(tmp_path / "copy", halves, source)
-    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
-
-
-def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
-    source = make_tiny_model(tmp_path / "source")
-    folder = write_hf_checkpoint(tmp_path / "copy", _tensors(source).items(), source)
-
-    def breaks_off() -> Iterator[tuple[str, Tensor]]:
-        yield "model.norm.weight", torch.zeros(64)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_hf_checkpoint(folder, breaks_off(), source)
-    assert _tensors(folder).keys() == _tensors(source).keys()
-    write_hf_checkpoint(folder, [("model.norm.weight", torch.zeros(64))], source)  # the next one succeeds
-    assert list(_tensors(folder)) == ["model.norm.weight"]
-
-
-def test_truncated_and_missing_files_are_named(tmp_path: Path) -> None:
-    folder = _sharded(tmp_path)
-    first, second = sorted(folder.glob("model-*.safetensors"))[:2]
-    content = first.read_bytes()
-    for length in (len(content) - 100, 5, 0):
-        first.write_bytes(content[:length])
-        with pytest.raises(CheckpointError, match=f"{first.name}: cannot be read.*truncated"):
-            SafetensorsReader(folder)
-    first.write_bytes(content)
-    second.unlink()
-    with pytest.raises(CheckpointError, match=f"{second.name}: listed in {INDEX_FILE} but missing"):
-        SafetensorsReader(folder)
-    second.write_bytes(content)  # a file of the right name with other tensors
-    with pytest.raises(CheckpointError, match=f"{second.name}.*says it holds"):
-        SafetensorsReader(folder)
-    with pytest.raises(CheckpointError, match="neither model.safetensors nor"):
-        SafetensorsReader(tmp_path)
+# --- checks against a checkpoint --------------------------------------------------------------------
 
 
 def test_missing_left_over_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path, "qwen2_tied", tokenizer=False)
     table = build_table(read_architecture(folder))
-    good = _tensors(folder)
+    good = load_file(folder / "model.safetensors")
 
     def check(tensors: dict[str, Tensor]) -> None:
         save_file(tensors, folder / "model.safetensors")
@@ -220,17 +152,21 @@ def test_missing_left_over_and_misshapen_tensors_are_named(tmp_path: Path) -> No
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_stream_gives_every_rank_the_weights_of_the_file(case: tuple[Family, str, str]) -> None:
     dtype = getattr(torch, case[2])
-    expected = {name: tensor.to(dtype) for name, tensor in reference(case[0]).tensors.items()}
+    kept = ("e_score_correction_bias",)  # in float32 whatever the model's dtype
+    expected = {
+        name: digest(tensor if name.endswith(kept) else tensor.to(dtype))
+        for name, tensor in reference(case[0]).tensors.items()
+    }
     for rank in results()[case]:
         orders = []
         for bucket_bytes in BUCKET_BYTES:
             buckets = rank["streams"][bucket_bytes]
-            names = [name for bucket in buckets for name, _ in bucket]
-            assert sorted(names) == sorted(expected)
-            assert all(torch.equal(t, expected[name]) for bucket in buckets for name, t in bucket)
-            orders.append(names)
-            padding = 5 * 64 * 4 * 2  # bytes of padded vocabulary rows count towards the bucket too
+            found = [(name, value) for bucket in buckets for name, value, _ in bucket]
+            assert sorted(found) == sorted(expected.items())
+            orders.append(found)
+            padding = 5 * 72 * 4 * 2  # bytes of padded vocabulary rows count towards the bucket too
             for bucket in buckets:
-                num_bytes = sum(t.numel() * t.element_size() for _, t in bucket)
-                assert num_bytes <= bucket_bytes + padding or len(bucket) <= 3  # one fused parameter
+                num_bytes = sum(size for _, _, size in bucket)
+                # One fused parameter, or one expert of each expert-parallel rank, may be larger.
+                assert num_bytes <= bucket_bytes + padding or len(bucket) <= 4
         assert orders[0] == orders[1]

@@ -49,7 +49,8 @@ class ParallelConfig(Section):
         None, description="VPP: model chunks per stage (interleaved schedule); needs PP > 1."
     )
     context_parallel_size: PositiveInt = Field(1, description="CP: ranks that share one sequence.")
-    expert_parallel_size: PositiveInt = Field(1, description="EP: ranks that share the experts.")
+    expert_parallel_size: PositiveInt = Field(1, description="EP: ranks that divide the experts.")
+    expert_tensor_parallel_size: PositiveInt = Field(1, description="ETP: ranks that share every expert.")
     sequence_parallel: bool = Field(False, description="SP: shard norms and dropout over TP; needs TP > 1.")
     distributed_optimizer: bool = Field(True, description="Shard the optimizer state over data parallel.")
     timeout_minutes: PositiveFloat = Field(30.0, description="Time-out of a collective.")
@@ -79,13 +80,6 @@ class ParallelConfig(Section):
         """`context_parallel_size` must be 1 for now."""
         if self.context_parallel_size != 1:
             return f"context_parallel_size={self.context_parallel_size} is not available yet: set it to 1"
-        return None
-
-    @rule
-    def expert_parallel_is_not_available(self) -> str | None:
-        """`expert_parallel_size` must be 1 for now."""
-        if self.expert_parallel_size != 1:
-            return f"expert_parallel_size={self.expert_parallel_size} is not available yet: set it to 1"
         return None
 
 

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import (
-    HAVE_TE,
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
     is_pp_last_stage,
     is_vp_first_stage,
     is_vp_last_stage,
 )
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from apo_megatron.config.schema import ModelConfig
 from apo_megatron.errors import ConfigError
-from apo_megatron.models.local_modules import SDPACoreAttention, SPRMSNorm
+from apo_megatron.models.local_modules import use_local_modules
 from apo_megatron.models.policy_model import PolicyModel
 from apo_megatron.models.transformer_config import build_transformer_config, padded_vocab_size
 from apo_megatron.parallel.state import ParallelContext
-from apo_megatron.weights.architecture import Architecture
+from apo_megatron.weights.architecture import Architecture, Llama3RopeScaling
 
 
 def build_policy_model(
@@ -36,14 +31,18 @@ def build_policy_model(
     ConfigError where model, mesh and layer implementation do not fit together.
     """
     use_transformer_engine = _use_transformer_engine(cfg, parallel.device)
-    config = build_transformer_config(architecture, cfg, parallel.dims, parallel.device)
+    config = build_transformer_config(
+        architecture, cfg, parallel.dims, parallel.device, use_transformer_engine
+    )
     num_chunks = parallel.dims.virtual_pipeline or 1
     chunks = []
     for index in range(num_chunks):
         vp_stage = index if num_chunks > 1 else None
         first = is_pp_first_stage(parallel.pipeline_group) and is_vp_first_stage(vp_stage, num_chunks)
         last = is_pp_last_stage(parallel.pipeline_group) and is_vp_last_stage(vp_stage, num_chunks)
+        # Latent attention has its rotary embedding, and its scaling, in the configuration.
         scaling = architecture.rope_scaling
+        llama3 = scaling if isinstance(scaling, Llama3RopeScaling) else None
         chunk = PolicyModel(
             config,
             _layer_spec(config, use_transformer_engine, vp_stage),
@@ -57,12 +56,26 @@ def build_policy_model(
             share_embeddings_and_output_weights=architecture.tied,
             position_embedding_type="rope",
             rotary_base=architecture.rope_theta,
-            rope_scaling=scaling is not None,
-            rope_scaling_factor=scaling.factor if scaling else 1.0,
+            rope_scaling=llama3 is not None,
+            rope_scaling_factor=llama3.factor if llama3 else 1.0,
             vp_stage=vp_stage,
         )
+        _mark_experts(chunk, config)
         chunks.append(chunk.to(parallel.device))
     return chunks
+
+
+def _mark_experts(chunk: torch.nn.Module, config: TransformerConfig) -> None:
+    """Have the gradients of experts summed over the ranks that hold copies of them.
+
+    Megatron marks them so under expert parallelism only, but these are other ranks than those of the dense
+    parameters also where the two tensor axes differ.
+    """
+    if config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
+        return
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def _use_transformer_engine(cfg: ModelConfig, device: torch.device) -> bool:
@@ -77,14 +90,9 @@ def _use_transformer_engine(cfg: ModelConfig, device: torch.device) -> bool:
 
 def _layer_spec(
     config: TransformerConfig, use_transformer_engine: bool, vp_stage: int | None
-) -> ModuleSpec | TransformerBlockSubmodules:
-    if use_transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = SPRMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = SDPACoreAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = SPRMSNorm
-    layers = [layer] * get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=SPRMSNorm)
+) -> TransformerBlockSubmodules:
+    """The layers of this stage, dense or with experts, and the final norm."""
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    return block if use_transformer_engine else use_local_modules(block, config)

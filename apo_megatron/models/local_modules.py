@@ -1,4 +1,4 @@
-"""Two layers that need neither TransformerEngine nor Apex, plugged into Megatron through its layer spec."""
+"""Modules that need neither TransformerEngine nor Apex, plugged into Megatron through its layer specs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
+
+# Two places where Megatron-Core 0.16 trips over the absence of TransformerEngine.
+if not hasattr(moe_utils, "te_general_gemm"):
+    moe_utils.te_general_gemm = None  # the router asks whether it is None, but the name does not exist
+multi_latent_attention.HAVE_TE = HAVE_TE  # its own test is an import that succeeds, with mocks
 
 
 class SPRMSNorm(torch.nn.RMSNorm):
@@ -28,8 +40,8 @@ class SPRMSNorm(torch.nn.RMSNorm):
 class SDPACoreAttention(torch.nn.Module):
     """Causal attention on ``scaled_dot_product_attention``, with grouped queries.
 
-    q [S, B, heads, D], k and v [S, B, kv_heads, D] -> [S, B, heads * D]. Right padding needs no mask: a real
-    position never sees what comes after it.
+    q [S, B, heads, D], k [S, B, kv_heads, D] and v [S, B, kv_heads, D'] -> [S, B, heads * D']. Right padding
+    needs no mask: a real position never sees what comes after it.
     """
 
     def __init__(
@@ -61,3 +73,67 @@ class SDPACoreAttention(torch.nn.Module):
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return output.permute(2, 0, 1, 3).flatten(2)
+
+
+class ReplicatedLinear(torch.nn.Module):
+    """[..., in] -> [..., out] without bias, with the whole weight [out, in] on every tensor-parallel rank.
+
+    Under sequence parallelism each rank projects its own part of the sequence; see SPRMSNorm for the mark.
+    """
+
+    def __init__(self, input_size: int, output_size: int, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+        config.init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, None]:
+        return F.linear(inputs, self.weight), None  # Megatron's linear layers return a bias too
+
+
+class ReplicatedLatentAttention(MLASelfAttention):
+    """Multi-latent attention whose projections to the latents are on every rank, as TransformerEngine has it.
+
+    Megatron's local layers divide their rows, where the norm and the split that follow need all of them.
+    """
+
+    def __init__(self, config: MLATransformerConfig, *positional: Any, **keywords: Any) -> None:
+        super().__init__(config, *positional, **keywords)
+        if config.q_lora_rank is not None:
+            self.linear_q_down_proj = ReplicatedLinear(config.hidden_size, config.q_lora_rank, config)
+        self.linear_kv_down_proj = ReplicatedLinear(
+            config.hidden_size, config.kv_lora_rank + config.qk_pos_emb_head_dim, config
+        )
+
+
+def use_local_modules(
+    block: TransformerBlockSubmodules, config: TransformerConfig
+) -> TransformerBlockSubmodules:
+    """Put the modules of this file into the local layer specs of ``block``, and return it."""
+    for layer in {id(layer): layer for layer in block.layer_specs}.values():
+        _use_in_layer(layer, config)
+    block.layer_norm = SPRMSNorm
+    return block
+
+
+def _use_in_layer(layer: ModuleSpec, config: TransformerConfig) -> None:
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = SPRMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = SDPACoreAttention
+    # Checkpoints use TransformerEngine's names, which has norms inside the projections that follow them.
+    names = {}
+    if config.multi_latent_attention:
+        parts.self_attention.module = ReplicatedLatentAttention
+        attention.q_layernorm = attention.kv_layernorm = SPRMSNorm
+        for latent in ("q", "kv"):
+            names[f"self_attention.{latent}_layernorm."] = (
+                f"self_attention.linear_{latent}_up_proj.layer_norm_"
+            )
+    else:
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = SPRMSNorm
+        names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    if parts.mlp.module is not MoELayer:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    parts.sharded_state_dict_keys_map = names

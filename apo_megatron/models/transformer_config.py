@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from apo_megatron.config.schema import ModelConfig
 from apo_megatron.errors import ConfigError
+from apo_megatron.models.expert_config import check_experts, expert_settings
 from apo_megatron.parallel.state import ParallelDims
-from apo_megatron.weights.architecture import Architecture
+from apo_megatron.weights.architecture import Architecture, YarnRopeScaling
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,15 +42,21 @@ def check_layout(architecture: Architecture, dims: ParallelDims) -> None:
             f"{dims.virtual_pipeline or 1} = {num_chunks} must divide num_hidden_layers="
             f"{architecture.num_layers} of the model"
         )
+    check_experts(architecture, dims)
 
 
 def build_transformer_config(
-    architecture: Architecture, cfg: ModelConfig, dims: ParallelDims, device: torch.device
+    architecture: Architecture,
+    cfg: ModelConfig,
+    dims: ParallelDims,
+    device: torch.device,
+    use_transformer_engine: bool = False,
 ) -> TransformerConfig:
     """TransformerConfig of this model on this mesh. Raises ConfigError where they do not fit."""
     check_layout(architecture, dims)
     dtype = TORCH_DTYPES[cfg.dtype]
-    return TransformerConfig(
+    config_class = TransformerConfig if architecture.latent_attention is None else MLATransformerConfig
+    return config_class(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.num_heads,
@@ -58,7 +65,7 @@ def build_transformer_config(
         ffn_hidden_size=architecture.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_eps,
-        qk_layernorm=architecture.qk_norm,
+        qk_layernorm=architecture.qk_norm or architecture.latent_attention is not None,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -81,6 +88,8 @@ def build_transformer_config(
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        **_latent_attention_settings(architecture),
+        **expert_settings(architecture, dims, device, use_transformer_engine),
         **_parallel_settings(dims, device),
         **_recompute_settings(cfg),
     )
@@ -93,13 +102,40 @@ def _parallel_settings(dims: ParallelDims, device: torch.device) -> dict[str, An
         "pipeline_model_parallel_size": dims.pipeline,
         "virtual_pipeline_model_parallel_size": dims.virtual_pipeline,
         "context_parallel_size": dims.context,
-        "expert_model_parallel_size": dims.expert,
         "sequence_parallel": dims.sequence_parallel,
         # The interleaved schedule at two stages deadlocks with batched sends.
         "batch_p2p_comm": not interleaved,
         "overlap_p2p_comm": interleaved,
         # Gloo may still be sending an output that the interleaved schedule frees: silently wrong gradients.
         "deallocate_pipeline_outputs": not (interleaved and device.type == "cpu"),
+    }
+
+
+def _latent_attention_settings(architecture: Architecture) -> dict[str, Any]:
+    """Sizes and rotary embedding of latent attention, which has both to itself; {} for other attention."""
+    latent = architecture.latent_attention
+    if latent is None:
+        return {}
+    settings: dict[str, Any] = {
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "rotary_base": architecture.rope_theta,
+    }
+    scaling = architecture.rope_scaling
+    if not isinstance(scaling, YarnRopeScaling):
+        return {**settings, "rope_type": "rope", "rotary_scaling_factor": 1.0}
+    return {
+        **settings,
+        "rope_type": "yarn",
+        "rotary_scaling_factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+        "mscale": scaling.mscale,
+        "mscale_all_dim": scaling.mscale_all_dim,
     }
 
 

@@ -19,7 +19,11 @@ Group = dist.ProcessGroup
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Sizes of the mesh axes; ``data`` is what the others leave of ``world``."""
+    """Sizes of the mesh axes; ``data`` is what the others leave of ``world``.
+
+    Experts are divided over axes of their own: ``expert`` x ``expert_tensor`` ranks of one pipeline stage,
+    whichever tensor and data coordinates those have, hold one copy of the stage's experts.
+    """
 
     world: int
     tensor: int = 1
@@ -27,6 +31,7 @@ class ParallelDims:
     virtual_pipeline: int | None = None
     context: int = 1
     expert: int = 1
+    expert_tensor: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
 
@@ -34,6 +39,11 @@ class ParallelDims:
     def model(self) -> int:
         """Ranks that share one copy of the model."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def expert_model(self) -> int:
+        """Ranks that share one copy of all experts."""
+        return self.expert * self.expert_tensor * self.pipeline
 
     @property
     def data(self) -> int:
@@ -50,6 +60,7 @@ class ParallelDims:
             virtual_pipeline=None if virtual in (None, 1) else virtual,
             context=cfg.context_parallel_size,
             expert=cfg.expert_parallel_size,
+            expert_tensor=cfg.expert_tensor_parallel_size,
             sequence_parallel=cfg.sequence_parallel,
             distributed_optimizer=cfg.distributed_optimizer,
         )
@@ -58,6 +69,13 @@ class ParallelDims:
                 f"parallel: tensor_parallel_size={dims.tensor} x pipeline_parallel_size={dims.pipeline} x "
                 f"context_parallel_size={dims.context} = {dims.model} must divide the {world} processes that "
                 f"were started: start a multiple of {dims.model} (torchrun --nproc-per-node), or change them"
+            )
+        if world % dims.expert_model != 0:
+            raise ConfigError(
+                f"parallel: expert_parallel_size={dims.expert} x expert_tensor_parallel_size="
+                f"{dims.expert_tensor} x pipeline_parallel_size={dims.pipeline} = {dims.expert_model} must "
+                f"divide the {world} processes that were started: start a multiple of {dims.expert_model} "
+                "(torchrun --nproc-per-node), or change them"
             )
         return dims
 
@@ -73,10 +91,14 @@ class ParallelContext:
     tensor_rank: int
     pipeline_rank: int
     data_rank: int
+    expert_rank: int
+    expert_tensor_rank: int
     world_group: Group
     tensor_group: Group
     pipeline_group: Group
     data_group: Group
+    expert_group: Group
+    expert_tensor_group: Group
 
     @property
     def world(self) -> int:
@@ -165,6 +187,7 @@ def _megatron_context(
         virtual_pipeline_model_parallel_size=dims.virtual_pipeline,
         context_parallel_size=dims.context,
         expert_model_parallel_size=dims.expert,
+        expert_tensor_parallel_size=dims.expert_tensor,
         create_gloo_process_groups=True,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
@@ -179,10 +202,14 @@ def _megatron_context(
         tensor_rank=mpu.get_tensor_model_parallel_rank(),
         pipeline_rank=mpu.get_pipeline_model_parallel_rank(),
         data_rank=mpu.get_data_parallel_rank(),
+        expert_rank=mpu.get_expert_model_parallel_rank(),
+        expert_tensor_rank=mpu.get_expert_tensor_parallel_rank(),
         world_group=world_group,
         tensor_group=mpu.get_tensor_model_parallel_group(),
         pipeline_group=mpu.get_pipeline_model_parallel_group(),
         data_group=mpu.get_data_parallel_group(),
+        expert_group=mpu.get_expert_model_parallel_group(),
+        expert_tensor_group=mpu.get_expert_tensor_parallel_group(),
     )
 
 

@@ -8,29 +8,49 @@ from pathlib import Path
 import torch
 from megatron.core.utils import unwrap_model
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
-from apo_megatron.errors import WeightMappingError
 from apo_megatron.models.hf_config import resolve_model_path
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.weights.architecture import Architecture
+from apo_megatron.weights.completeness import check_checkpoint
 from apo_megatron.weights.rules import WeightEntry
 from apo_megatron.weights.safetensors_io import SafetensorsReader
 from apo_megatron.weights.table import WeightTable, build_table, with_global_numbers
 
 
-def named_entries(
-    model_chunks: Sequence[Module], table: WeightTable
-) -> Iterator[tuple[WeightEntry, Parameter]]:
-    """(table entry, parameter) for every parameter of this rank, in model order.
+def named_weights(model_chunks: Sequence[Module]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter and persistent buffer of this rank, chunk by chunk in model order.
 
-    ``model_chunks`` may be wrapped (DistributedDataParallel). Raises WeightMappingError for a parameter
-    without a rule.
+    Names have global layer numbers, but this rank's own expert numbers. ``model_chunks`` may be wrapped
+    (DistributedDataParallel).
     """
     for chunk in unwrap_model(list(model_chunks)):
         global_layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
-        for name, parameter in chunk.named_parameters():
-            yield table.lookup(with_global_numbers(name, global_layers)), parameter
+        saved = chunk.state_dict().keys()  # without what is computed, such as rotary frequencies
+        buffers = [(name, buffer) for name, buffer in chunk.named_buffers() if name in saved]
+        for name, tensor in [*chunk.named_parameters(), *buffers]:
+            yield with_global_numbers(name, global_layers), tensor
+
+
+def named_entries(
+    model_chunks: Sequence[Module], table: WeightTable, parallel: ParallelContext
+) -> Iterator[tuple[WeightEntry, Tensor]]:
+    """(table entry, tensor) of every parameter and persistent buffer of this rank, as ``named_weights``.
+
+    Raises WeightMappingError for one without a rule.
+    """
+    first_expert = parallel.expert_rank * (table.num_experts // parallel.dims.expert)
+    all_layers = range(table.num_layers)
+    for name, tensor in named_weights(model_chunks):
+        yield table.lookup(with_global_numbers(name, all_layers, first_expert)), tensor
+
+
+def shard_of(entry: WeightEntry, parallel: ParallelContext) -> tuple[int, int]:
+    """(rank, size) on the axis that the parameter is cut over."""
+    if entry.is_expert:
+        return parallel.expert_tensor_rank, parallel.dims.expert_tensor
+    return parallel.tensor_rank, parallel.dims.tensor
 
 
 def table_of(model_chunks: Sequence[Module], architecture: Architecture) -> WeightTable:
@@ -41,44 +61,19 @@ def table_of(model_chunks: Sequence[Module], architecture: Architecture) -> Weig
 def load_hf_weights(
     model_chunks: Sequence[Module], architecture: Architecture, hf_path: str | Path, parallel: ParallelContext
 ) -> None:
-    """Fill every parameter of this rank from a Hugging Face checkpoint, converting to its dtype.
+    """Fill every weight of this rank from a Hugging Face checkpoint, converting to its dtype.
 
     Each rank reads only its slices. All names and shapes are checked before a byte is copied: raises
     WeightMappingError naming the tensors that are missing, left over or of the wrong shape, CheckpointError
     where files are missing or truncated.
     """
     table = table_of(model_chunks, architecture)
-    tp_rank, tp_size = parallel.tensor_rank, parallel.dims.tensor
     with SafetensorsReader(resolve_model_path(hf_path)) as reader:
         check_checkpoint(reader, table)
-        mine = list(named_entries(model_chunks, table))
-        for entry, parameter in mine:
-            entry.check_local_shape(tuple(parameter.shape), tp_size)
+        mine = list(named_entries(model_chunks, table, parallel))
+        for entry, weight in mine:
+            entry.check_local_shape(tuple(weight.shape), shard_of(entry, parallel)[1])
         with torch.no_grad():
-            for entry, parameter in mine:
+            for entry, weight in mine:
                 full: list[Tensor] = [reader.tensor(name) for name in entry.hf_names]
-                parameter.copy_(entry.to_megatron(full, tp_rank, tp_size))
-
-
-def check_checkpoint(reader: SafetensorsReader, table: WeightTable) -> None:
-    """Compare names and shapes of a checkpoint with the table; reads no tensor.
-
-    Raises WeightMappingError naming what is missing, left over or of the wrong shape.
-    """
-    found = set(reader.names())
-    wanted = {name for entry in table.entries() for name in entry.hf_names}
-    left_over = {name for name in found - wanted if not _is_ignored(name, wanted)}
-    for problem, names in (("missing", wanted - found), ("left over, no parameter takes them", left_over)):
-        if names:
-            shown = ", ".join(sorted(names)[:8]) + (", ..." if len(names) > 8 else "")
-            raise WeightMappingError(
-                f"{reader.folder}: {len(names)} tensors {problem}: {shown}. config.json and weights are of "
-                "different models, or the model has parts that are not supported"
-            )
-    for entry in table.entries():
-        entry.check_hf_shapes([reader.shape(name) for name in entry.hf_names])
-
-
-def _is_ignored(name: str, wanted: set[str]) -> bool:
-    """Rotary frequencies are computed; a tied model's lm_head is a copy of its embedding."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in wanted)
+                weight.copy_(entry.to_megatron(full, *shard_of(entry, parallel)))

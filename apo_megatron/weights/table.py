@@ -26,6 +26,7 @@ class WeightTable:
         self.rules = tuple(rules)
         self.num_layers = num_layers
         self.stacked = stacked  # alike layers share their keys in checkpoints
+        self.num_experts = max(rule.num_experts for rule in self.rules)  # of a layer; 0 = dense
         self._by_name: Mapping[str, list[ParamRule]] = _by_name(self.rules)
 
     def lookup(self, megatron_name: str) -> WeightEntry:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
@@ -16,7 +17,7 @@ from apo_megatron.models.policy_model import PolicyModel
 from apo_megatron.parallel.state import ParallelContext, init_parallel
 from apo_megatron.weights.load import load_hf_weights, named_entries, table_of
 from apo_megatron.weights.source import WeightSource
-from tests.layout_cases import column_weights
+from tests.layout_cases import column_weights, digest, pack
 
 
 def check_layouts(payload: dict[str, Any]) -> list[dict[str, Any]]:
@@ -34,28 +35,45 @@ def check_layouts(payload: dict[str, Any]) -> list[dict[str, Any]]:
         result: dict[str, Any] = {
             "tensor_rank": parallel.tensor_rank,
             "pipeline_rank": parallel.pipeline_rank,
-            "data_rank": parallel.data_rank,
+            "expert_rank": parallel.expert_rank,
+            "expert_tensor_rank": parallel.expert_tensor_rank,
             "streams": {},
+            "stored": stored_shards(chunks),
         }
         for bucket_bytes in case["bucket_bytes"]:
             source = WeightSource(chunks, architecture, parallel, bucket_bytes)
-            buckets = [[(name, t.clone()) for name, t in bucket] for bucket in source.buckets()]
-            result["streams"][bucket_bytes] = buckets
-        result["logits"] = run_schedule(chunks, parallel, payload["micro_batches"], forward_only=True)
-        run_schedule(chunks, parallel, payload["micro_batches"], forward_only=False)
-        result["gradients"] = {
-            entry.megatron_name: parameter.grad
-            for entry, parameter in named_entries(chunks, table_of(chunks, architecture))
+            result["streams"][bucket_bytes] = [
+                [(name, digest(tensor), tensor.nbytes) for name, tensor in bucket]
+                for bucket in source.buckets()
+            ]
+        result["logits"] = run_schedule(chunks, parallel, payload["micro_batches"])
+        gradients = {
+            entry.megatron_name: weight.grad
+            for entry, weight in named_entries(chunks, table_of(chunks, architecture), parallel)
+            if weight.grad is not None
         }
+        result["gradient_names"], result["gradients"] = list(gradients), pack(list(gradients.values()))
         results.append(result)
     return results
+
+
+def stored_shards(chunks: list[PolicyModel]) -> tuple[list[tuple[str, Any, Any]], Any]:
+    """(key, shape of the whole, offset) of all that this rank writes into a distributed checkpoint, and it."""
+    shards: list[ShardedTensor] = []
+    for chunk in chunks:
+        for value in chunk.sharded_state_dict(metadata={"singleton_local_shards": False}).values():
+            if isinstance(value, ShardedTensorFactory):
+                shards += value.build()
+            elif isinstance(value, ShardedTensor):
+                shards.append(value)
+    places = [(shard.key, shard.global_shape, shard.global_offset) for shard in shards]
+    return places, pack([shard.data for shard in shards])
 
 
 def run_schedule(
     chunks: list[PolicyModel],
     parallel: ParallelContext,
     micro_batches: list[dict[str, Tensor]],
-    forward_only: bool,
 ) -> list[Tensor]:
     """Logits [T, padded V] of each micro-batch on the last stage; the loss is their weighted sum."""
 
@@ -82,6 +100,6 @@ def run_schedule(
         num_microbatches=len(micro_batches),
         seq_length=micro_batches[0]["tokens"].shape[1],
         micro_batch_size=micro_batches[0]["tokens"].shape[0],
-        forward_only=forward_only,
+        forward_only=False,
     )
     return [output["logits"] for output in outputs]

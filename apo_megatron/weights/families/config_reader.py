@@ -125,12 +125,16 @@ class ConfigReader:
 
     def _yarn(self, rope: Mapping[str, Any]) -> YarnRopeScaling:
         self._require(rope, ("factor", "original_max_position_embeddings"), "yarn")
+        fixed = {"attention_factor": None, "truncate": True}
+        if found := {name: rope[name] for name, value in fixed.items() if rope.get(name, value) != value}:
+            raise self.error("rope parameters", found, "neither attention_factor nor truncate")
+        has_both = bool(rope.get("mscale") and rope.get("mscale_all_dim"))
         return YarnRopeScaling(
             factor=float(rope["factor"]),
             original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
             beta_fast=float(rope.get("beta_fast") or 32),
             beta_slow=float(rope.get("beta_slow") or 1),
-            mscale=float(rope.get("mscale") or 1),
+            mscale=float(rope["mscale"]) if has_both else 1.0,  # without the other it is not used
             mscale_all_dim=float(rope.get("mscale_all_dim") or 0),
         )
 

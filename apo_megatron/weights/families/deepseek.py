@@ -14,12 +14,16 @@ from apo_megatron.weights.rules import ParamRule
 def read_v2(config: ConfigReader) -> Architecture:
     # V2 groups by the best expert, which Megatron's router, made for V3's sum of two, does not compute.
     config.expect("topk_method", "greedy")
+    config.expect("scoring_func", "softmax")
     config.expect("norm_topk_prob", False)
     return _read(config, score_function="softmax", normalize_top_k=False)
 
 
 def read_v3(config: ConfigReader) -> Architecture:
+    config.expect("topk_method", "noaux_tc")
+    config.expect("scoring_func", "sigmoid")
     config.expect("norm_topk_prob", True)
+    config.expect("rope_interleave", True, None)
     return _read(
         config,
         score_function="sigmoid",
@@ -31,6 +35,9 @@ def read_v3(config: ConfigReader) -> Architecture:
 
 def _read(config: ConfigReader, **routing: Any) -> Architecture:
     config.expect("moe_layer_freq", 1)
+    config.expect(
+        "rms_norm_eps", 1e-6
+    )  # the norms of the latents always have this one; Megatron has one for all
     common = config.common(rope_types=("default", "yarn"))
     num_layers, expert_size = common["num_layers"], config.integer("moe_intermediate_size")
     num_dense = int(config.config.get("first_k_dense_replace") or 0)

@@ -12,6 +12,7 @@ from apo_megatron.weights.rules import ParamRule
 
 
 def read(config: ConfigReader) -> Architecture:
+    config.expect("router_jitter_noise", 0.0)
     dense = mistral.read(config)
     return replace(
         dense,
