@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 
 from apo_megatron.parallel.state import ParallelContext
+from apo_megatron.parallel.world import World
 
 T = TypeVar("T")
 
 
-def all_reduce_max(value: int, parallel: ParallelContext) -> int:
+def all_reduce_max(value: int, parallel: World) -> int:
     """The largest ``value`` of all ranks."""
     tensor = torch.tensor(value, dtype=torch.int64, device=parallel.device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=parallel.world_group)
@@ -24,7 +25,7 @@ def any_rank(flag: bool, parallel: ParallelContext) -> bool:
     return bool(all_reduce_max(flag, parallel))
 
 
-def all_gather_objects(value: T, parallel: ParallelContext) -> list[T]:
+def all_gather_objects(value: T, parallel: World) -> list[T]:
     """``value`` of every rank, in rank order, on every rank (pickled between our own ranks only)."""
     if parallel.world == 1:
         return [value]
@@ -33,7 +34,7 @@ def all_gather_objects(value: T, parallel: ParallelContext) -> list[T]:
     return gathered
 
 
-def broadcast_from_main(value: T, parallel: ParallelContext) -> T:
+def broadcast_from_main(value: T, parallel: World) -> T:
     """The main rank's ``value`` on every rank."""
     return all_gather_objects(value, parallel)[0]
 
@@ -55,7 +56,7 @@ def broadcast_from_last_stage(value: T, parallel: ParallelContext) -> T:
     return box[0]
 
 
-def barrier(parallel: ParallelContext) -> None:
+def barrier(parallel: World) -> None:
     """Wait for all ranks."""
     if parallel.world > 1:
         all_reduce_max(0, parallel)  # on this rank's own device, which dist.barrier would have to guess

@@ -7,7 +7,7 @@ from pathlib import Path
 from apo_megatron.models.hf_config import resolve_model_path
 from apo_megatron.parallel.collectives import barrier
 from apo_megatron.parallel.state import ParallelContext
-from apo_megatron.weights.safetensors_io import write_hf_checkpoint
+from apo_megatron.weights.hf_checkpoint import write_hf_checkpoint
 from apo_megatron.weights.source import WeightSource
 
 
@@ -17,7 +17,7 @@ def export_hf_checkpoint(
     """Write safetensors, and config and tokenizer of ``hf_path``, to ``folder``. Collective."""
     tensors = (named for bucket in source.buckets() for named in bucket)
     if parallel.is_main:
-        write_hf_checkpoint(folder, tensors, resolve_model_path(hf_path))
+        write_hf_checkpoint(folder, source.tensor_specs(), tensors, resolve_model_path(hf_path))
     else:
         for _ in tensors:  # the other ranks take part in the gathers
             pass
