@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 
 def run_plain(
@@ -20,8 +21,13 @@ def run_plain(
     num_mini_batches: int,
     seed: int,
 ) -> dict[str, Any]:
-    """One RL step of ``num_mini_batches`` updates; losses, gradient norms and final parameters."""
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="eager")
+    """One RL step of ``num_mini_batches`` updates; losses, gradient norms and final parameters.
+
+    The parameters are named as in the checkpoint, experts one by one.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
     # transformers gives the embedding of pad_token_id no gradient; as a real token it must have one.
     model.get_input_embeddings().padding_idx = None
     with torch.no_grad():
@@ -56,8 +62,15 @@ def run_plain(
     return {
         "losses": losses,
         "grad_norms": norms,
-        "parameters": {n: p.detach() for n, p in model.named_parameters()},
+        "parameters": revert_weight_conversion(model, _weights(model)),
     }
+
+
+def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, tied ones once, and what else a checkpoint holds."""
+    saved = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    return {name: p.detach() for name, p in model.named_parameters()} | buffers
 
 
 def _token_log_probs(model: torch.nn.Module, sequence: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

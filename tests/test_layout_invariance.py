@@ -15,7 +15,7 @@ import torch
 
 from tests.distributed import run_distributed
 from tests.plain_reference import run_plain
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import Family, make_tiny_model
 
 RELATIVE_BOUND = 1e-5
 VOCAB_SIZE, SEED, NUM_MINI_BATCHES = 107, 11, 2
@@ -178,16 +178,25 @@ def test_bf16_update_is_close_to_fp32(payload: dict[str, Any], expected: dict[st
         assert differences["parameters"] < 0.01
 
 
-def test_ranks_without_sequences_take_part(payload: dict[str, Any]) -> None:
+def test_ranks_without_sequences_take_part(payload: dict[str, Any], tmp_path: Path) -> None:
     few = payload["sequences"][:3]  # mini-batches of two and one sequence for four ranks
     case = {**_case("one"), "micro_batch_size": 2}
+    moe = str(make_tiny_model(tmp_path, "qwen3_moe"))
+    cases = [
+        case,
+        {**case, "layout": LAYOUTS["pp2"]},
+        {**case, "layout": {"expert_parallel_size": 2}, "model_path": moe},
+    ]
     found = run_distributed(
         4,
         "tests.workers.layout_invariance:run_cases",
-        {**payload, "sequences": few, "cases": [case, {**case, "layout": LAYOUTS["pp2"]}]},
+        {**payload, "sequences": few, "cases": cases},
     )[0]
-    expected = run_plain(payload["model_path"], few, case["objective"], OPTIMIZER, NUM_MINI_BATCHES, SEED)
-    for result in found:
+    dense, with_experts = (
+        run_plain(path, few, case["objective"], OPTIMIZER, NUM_MINI_BATCHES, SEED)
+        for path in (payload["model_path"], moe)
+    )
+    for result, expected in zip(found, (dense, dense, with_experts), strict=True):
         assert max(relative_differences(result, expected).values()) < RELATIVE_BOUND
 
 
@@ -198,3 +207,64 @@ def test_tied_embeddings_are_updated_once(payload: dict[str, Any], tmp_path: Pat
     expected = run_plain(path, payload["sequences"], cases[0]["objective"], OPTIMIZER, NUM_MINI_BATCHES, SEED)
     for result in run_distributed(4, "tests.workers.layout_invariance:run_cases", tied)[0]:
         assert max(relative_differences(result, expected).values()) < RELATIVE_BOUND
+
+
+_EP2 = {"expert_parallel_size": 2}
+_ETP2 = {"expert_tensor_parallel_size": 2}
+# Processes -> (family, layout).
+MOE_CASES: dict[int, list[tuple[Family, dict[str, Any]]]] = {
+    2: [
+        ("qwen3_moe", {}),  # DP2
+        ("qwen3_moe", _EP2),
+        ("deepseek_v3", _EP2),
+        ("qwen3_moe", {**_EP2, "distributed_optimizer": False}),
+        ("qwen3_moe_mixed", LAYOUTS["pp2"]),  # the first stage has no experts
+        ("qwen3_moe", LAYOUTS["tp2_sp"]),  # each rank has all experts, and half of their tokens
+        ("qwen3_moe", {**LAYOUTS["tp2_sp"], **_ETP2}),
+        ("qwen3_moe", {**LAYOUTS["tp2_sp"], **_EP2}),
+    ],
+    4: [
+        ("qwen3_moe", _EP2),  # DP4: each expert on two ranks
+        ("qwen3_moe", {**LAYOUTS["tp2_sp"], **_EP2}),
+        ("deepseek_v3", {**LAYOUTS["tp2_sp"], **_EP2}),
+        ("qwen3_moe", {**LAYOUTS["tp2_sp"], **_EP2, **_ETP2}),
+        ("qwen3_moe", {**LAYOUTS["tp2_sp"], "distributed_optimizer": False}),
+        ("qwen3_moe", {**LAYOUTS["pp2"], **_EP2}),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def moe_expected(
+    payload: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[Family, tuple[str, dict[str, Any]]]:
+    """Family -> model path, and what plain torch makes of it."""
+    objective = _case("one")["objective"]
+    expected: dict[Family, tuple[str, dict[str, Any]]] = {}
+    for family in dict.fromkeys(family for cases in MOE_CASES.values() for family, _ in cases):
+        path = str(make_tiny_model(tmp_path_factory.mktemp(family), family))
+        plain = run_plain(path, payload["sequences"], objective, OPTIMIZER, NUM_MINI_BATCHES, SEED)
+        expected[family] = path, plain
+    return expected
+
+
+@pytest.mark.parametrize("world", sorted(MOE_CASES))
+def test_experts_are_updated_as_by_plain_torch(
+    world: int, payload: dict[str, Any], moe_expected: dict[Family, tuple[str, dict[str, Any]]]
+) -> None:
+    cases = [
+        {**_case("one"), "layout": layout, "model_path": moe_expected[family][0]}
+        for family, layout in MOE_CASES[world]
+    ]
+    results = run_distributed(
+        world, "tests.workers.layout_invariance:run_cases", {**payload, "cases": cases}
+    )[0]
+    worst = dict.fromkeys(("loss", "grad_norm", "parameters"), 0.0)
+    failures = []
+    for (family, layout), result in zip(MOE_CASES[world], results, strict=True):
+        differences = relative_differences(result, moe_expected[family][1])
+        worst = {name: max(worst[name], value) for name, value in differences.items()}
+        if max(differences.values()) > RELATIVE_BOUND:
+            failures.append((family, layout, differences))
+    print(f"{world} processes, {len(cases)} cases with experts, largest relative differences: {worst}")
+    assert not failures, failures

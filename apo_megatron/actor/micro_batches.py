@@ -17,7 +17,8 @@ def split_into_micro_batches(
     """Micro-batches of exactly ``micro_batch_size`` rows, in order. Collective over all ranks.
 
     Every rank gets the same number (unequal counts hang pipelines), at least one; the rows that are
-    missing are fully masked. Padding beyond this rank's longest sequence is cut off.
+    missing are fully masked. Padding beyond this rank's longest sequence is cut off; where ranks gather
+    tokens for their experts, beyond that of all ranks.
     """
     needed = -(-sequences.num_sequences // micro_batch_size)
     count = max(1, all_reduce_max(needed, parallel))
@@ -33,6 +34,8 @@ def _used_length(sequences: MicroBatch, parallel: ParallelContext) -> int:
     multiple = parallel.dims.tensor if parallel.dims.sequence_parallel else 1
     positions = sequences.loss_mask.any(dim=0).nonzero()
     used = int(positions[-1]) + 1 if len(positions) else 1
+    if parallel.dims.expert * parallel.dims.expert_tensor > 1:
+        used = all_reduce_max(used, parallel)
     return -(-used // multiple) * multiple
 
 
@@ -43,11 +46,10 @@ def _with_padding_rows(sequences: MicroBatch, num_rows: int, length: int) -> Mic
         tensor = getattr(sequences, item.name)
         if tensor is None:
             continue
-        if tensor.dim() > 1:
-            tensor = tensor[:, :length]
-            if tensor.shape[1] < length:  # a rank without sequences
-                shape = (tensor.shape[0], length - tensor.shape[1], *tensor.shape[2:])
-                tensor = torch.cat([tensor, tensor.new_zeros(shape)], dim=1)
+        tensor = tensor[:, :length]
+        if tensor.shape[1] < length:  # a rank with short sequences, or none
+            shape = (tensor.shape[0], length - tensor.shape[1], *tensor.shape[2:])
+            tensor = torch.cat([tensor, tensor.new_zeros(shape)], dim=1)
         padding = tensor.new_zeros((missing, *tensor.shape[1:]))
         values[item.name] = torch.cat([tensor, padding]) if missing else tensor
     return MicroBatch(**values)

@@ -29,7 +29,7 @@ def run_cases(payload: dict[str, Any]) -> list[dict[str, Any]]:
 def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelContext) -> dict[str, Any]:
     actor = MegatronActor(
         ModelConfig(
-            hf_path=payload["model_path"],
+            hf_path=case.get("model_path", payload["model_path"]),
             dtype=case.get("dtype", "float32"),
             make_vocab_size_divisible_by=8,
             recompute=case.get("recompute", "none"),
