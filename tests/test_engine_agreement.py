@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.distributed import run_distributed
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import Family, make_tiny_model
 
 LOG_PROB_BOUND = 1e-4
 FAVOURED = [5, 17, 42]
-LAYOUTS = {
-    1: [{}],
-    2: [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}],
-}
+_EP2 = {"expert_parallel_size": 2}
+CASES: list[tuple[Family, int, list[dict[str, Any]]]] = [
+    ("qwen2", 1, [{}]),
+    ("qwen2", 2, [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}]),
+    ("qwen3_moe", 2, [_EP2]),
+    ("deepseek_v3", 2, [{**_EP2, "tensor_parallel_size": 2, "sequence_parallel": True}]),
+]
 
 
-@pytest.mark.parametrize("world", sorted(LAYOUTS))
-def test_engine_follows_the_sharded_actor(world: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "world", "layouts"), CASES, ids=["qwen2-1", "qwen2-2", "moe", "mla"])
+def test_engine_follows_the_sharded_actor(
+    family: Family, world: int, layouts: list[dict[str, Any]], tmp_path: Path
+) -> None:
     payload = {
-        "model_path": str(make_tiny_model(tmp_path, "qwen2")),
-        "layouts": LAYOUTS[world],
+        "model_path": str(make_tiny_model(tmp_path, family)),
+        "layouts": layouts,
         "prompts": [
             [3, 9, 11],
             [7, 8, 30, 31, 32, 60],

@@ -310,6 +310,17 @@ def test_a_weight_that_is_not_sent_is_named(folders: dict[str, Path], family: st
         make_engine(folders[family]).update_weights(FileSource(tensors), 1)  # type: ignore[arg-type]
 
 
+def test_the_bias_that_decides_among_experts_is_not_rounded(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path, "deepseek_v3", dtype=torch.bfloat16)
+    engine = build_engine(RolloutConfig(), ModelConfig(hf_path=str(folder), dtype="bfloat16"), CPU)
+    tensors = load_file(folder / "model.safetensors")
+    engine.update_weights(FileSource(tensors), 1)  # type: ignore[arg-type]
+    assert isinstance(engine, EmbeddedEngine)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    found = engine._model.state_dict()[name]
+    assert found.dtype == torch.float32 and torch.equal(found, tensors[name])
+
+
 def test_what_cannot_be_generated_is_reported(folders: dict[str, Path]) -> None:
     engine = make_engine(folders["qwen2"])
     with pytest.raises(RolloutError, match="'p0'.*max_position_embeddings=32768"):

@@ -270,7 +270,8 @@ def _write_random_weights(folder: Path, tied: bool, seed: int, dtype: torch.dtyp
             values = 1 + 0.2 * values
         else:
             values *= 0.2 if name.endswith(("embed_tokens.weight", "lm_head.weight")) else 0.08
-        tensors[name] = values.to(dtype)
+        # As in published checkpoints, the bias that decides among experts stays in float32.
+        tensors[name] = values if name.endswith("e_score_correction_bias") else values.to(dtype)
     if tied:
         del tensors["lm_head.weight"]
     transformers_logging.disable_progress_bar()

@@ -37,6 +37,7 @@ def build_engine(rollout: RolloutConfig, model: ModelConfig, device: torch.devic
             raise CheckpointError(f"model.hf_path={model.hf_path}: no usable config.json: {error}") from error
         with device:
             hf_model = AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPES[model.dtype])
+        _keep_buffers_in_float32(hf_model)
     return _engine(rollout, model, hf_model, policy_version=-1)
 
 
@@ -94,6 +95,14 @@ def read_eos_token_ids(hf_path: str, tokenizer: PreTrainedTokenizerBase) -> set[
     if more is not None:
         ids.update([more] if isinstance(more, int) else more)
     return ids
+
+
+def _keep_buffers_in_float32(model: PreTrainedModel) -> None:
+    """What checkpoints hold beside parameters, the bias that decides among experts, is not rounded there."""
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in saved:
+            buffer.data = buffer.data.float()
 
 
 @contextmanager
