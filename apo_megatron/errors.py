@@ -33,3 +33,7 @@ class RewardError(RuntimeError):
 
 class TrainingError(RuntimeError):
     """Training that cannot go on, for instance several non-finite steps in a row."""
+
+
+class RunInterrupted(RuntimeError):
+    """A run that was asked to stop, saved its state and can go on later."""

@@ -1,4 +1,4 @@
-"""What a run leaves behind and what surrounds the loop: folder, metrics, display, data, evaluation."""
+"""What a run leaves behind and what surrounds the loop: folder, metrics, display, checkpoints, evaluation."""
 
 from __future__ import annotations
 
@@ -6,123 +6,25 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-from pydantic import BaseModel
-
 from apo_megatron.actor.actor import MegatronActor
-from apo_megatron.actor.checkpointer import Checkpointer, DataPosition
+from apo_megatron.actor.checkpoint_files import LATEST_FILE
+from apo_megatron.actor.checkpointer import Checkpointer
 from apo_megatron.config import RLConfig, SFTConfig, dump_config
-from apo_megatron.data.demonstrations import DemonstrationLoader, load_demonstrations
-from apo_megatron.data.prompts import PromptLoader, load_prompts
-from apo_megatron.data.tokenizer import check_tokenizer, load_tokenizer
-from apo_megatron.errors import ConfigError, DataError, TrainingError
+from apo_megatron.errors import ConfigError, RunInterrupted, TrainingError
 from apo_megatron.evaluation.harness import PassAtKResult, evaluate_pass_at_k
 from apo_megatron.files import write_atomically
-from apo_megatron.models.hf_config import read_architecture
-from apo_megatron.parallel.collectives import any_rank, barrier
+from apo_megatron.parallel.collectives import all_gather_objects, any_rank, barrier
 from apo_megatron.parallel.state import ParallelContext
-from apo_megatron.rewards.registry import Reward, build_reward
 from apo_megatron.rollout.engine import RolloutEngine
-from apo_megatron.telemetry.metrics import METRICS_FILE, MetricsLogger
-from apo_megatron.telemetry.plots import run_picture
+from apo_megatron.telemetry.metrics import METRICS_FILE, MetricsLogger, check_destinations
 from apo_megatron.telemetry.progress import Advance, RunDisplay
-from apo_megatron.types import Prompt
-from apo_megatron.weights.architecture import Architecture
+from apo_megatron.telemetry.stop_request import StopRequest
+from apo_megatron.training_data import TrainingData
 from apo_megatron.weights.export import export_hf_checkpoint
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Everything a step needs beside the models; the same on every rank."""
-
-    prompts: PromptLoader
-    held_out: list[Prompt]
-    reward: Reward
-
-
-def load_training_data(cfg: RLConfig) -> TrainingData:
-    """Read and check data, tokenizer and reward: all that can fail before a model is built."""
-    architecture = read_architecture(cfg.model.hf_path)
-    tokenizer = load_tokenizer(cfg.model.hf_path)
-    check_tokenizer(tokenizer, architecture.vocab_size, cfg.model.hf_path)
-    reward = build_reward(cfg.reward)
-
-    def load(path: str, max_rows: int | None = None) -> list[Prompt]:
-        prompts = load_prompts(
-            path,
-            tokenizer,
-            cfg.data.prompt_field,
-            cfg.data.max_prompt_length,
-            reward.required_fields,
-            max_rows,
-        )
-        _check_prompts(prompts, path, reward, cfg.rollout.max_new_tokens, architecture)
-        return prompts
-
-    held_out_path = cfg.evaluation.data_path
-    return TrainingData(
-        prompts=PromptLoader(
-            load(cfg.data.train_path), cfg.data.prompts_per_step, cfg.train.seed, cfg.data.shuffle
-        ),
-        held_out=[] if held_out_path is None else load(held_out_path, cfg.evaluation.max_problems),
-        reward=reward,
-    )
-
-
-def _check_prompts(
-    prompts: Sequence[Prompt], path: str, reward: Reward, max_new_tokens: int, architecture: Architecture
-) -> None:
-    """Find now what would otherwise stop the run when the prompt is drawn."""
-    for prompt in prompts:
-        try:
-            reward.score(prompt, [])
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-    longest, limit = max(len(p.token_ids) for p in prompts), architecture.max_position_embeddings
-    if longest + max_new_tokens > limit:
-        raise ConfigError(
-            f"{path}: the longest prompt has {longest} tokens; with rollout.max_new_tokens={max_new_tokens} "
-            f"that is more than the model's max_position_embeddings={limit}: lower data.max_prompt_length or "
-            "rollout.max_new_tokens"
-        )
-
-
-def load_supervised_data(cfg: SFTConfig) -> DemonstrationLoader:
-    """Read and check demonstrations and tokenizer: all that can fail before a model is built."""
-    architecture = read_architecture(cfg.model.hf_path)
-    tokenizer = load_tokenizer(cfg.model.hf_path)
-    check_tokenizer(tokenizer, architecture.vocab_size, cfg.model.hf_path)
-    data = cfg.data
-    demonstrations = load_demonstrations(
-        data.train_path, tokenizer, data.prompt_field, data.response_field, data.max_length
-    )
-    longest = int(np.diff(demonstrations.offsets).max())
-    if longest > architecture.max_position_embeddings:
-        raise ConfigError(
-            f"{data.train_path}: the longest example has {longest} tokens, more than the model's "
-            f"max_position_embeddings={architecture.max_position_embeddings}: lower data.max_length"
-        )
-    return DemonstrationLoader(demonstrations, cfg.train.batch_size, cfg.train.seed, data.shuffle)
-
-
-def fixed_settings(cfg: RLConfig | SFTConfig) -> dict[str, Any]:
-    """{dotted name: value} of what cannot change when a run is resumed: model, objective, optimizer."""
-    sections: dict[str, BaseModel] = {"model": cfg.model, "optimizer": cfg.optimizer}
-    settings: dict[str, Any] = {}
-    if isinstance(cfg, RLConfig):
-        sections["objective"] = cfg.objective
-        settings["rollout.temperature"] = cfg.rollout.temperature
-    if cfg.optimizer.lr_decay_style != "constant":  # the length of the schedule
-        settings["train.num_steps"] = cfg.train.num_steps
-    for name, section in sections.items():
-        values = section.model_dump(mode="json", exclude={"recompute", "transformer_impl"})
-        settings |= {f"{name}.{field}": value for field, value in values.items()}
-    return settings
 
 
 class Run:
@@ -133,33 +35,48 @@ class Run:
 
     def __init__(self, cfg: RLConfig | SFTConfig, parallel: ParallelContext, title: str) -> None:
         self.folder = Path(cfg.train.run_dir)
+        self.checkpoint_folder = self.folder / "checkpoints"
         self._cfg = cfg
         self._parallel = parallel
         self._resumes = cfg.checkpoint.resume == "auto"
-        metrics = self.folder / METRICS_FILE
-        # Without a finished step there is nothing to lose.
-        if any_rank(metrics.exists() and metrics.stat().st_size > 0, parallel) and not self._resumes:
-            raise ConfigError(
-                f"train.run_dir={self.folder} already holds a run ({METRICS_FILE}): choose another "
-                "directory, remove it, or set checkpoint.resume=auto to go on"
-            )
+        self._refuse_another_run()
         if parallel.is_main:
+            check_destinations(cfg.logging)
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._logger = MetricsLogger(self.folder, cfg.logging, parallel.is_main, append=self._resumes)
+        self._logger: MetricsLogger | None = None
+        self._metrics: Mapping[str, float] = {}  # of the last step
+        self._stop_request = StopRequest()
         self._display = RunDisplay(cfg.train.num_steps, parallel.is_main, title)
         barrier(parallel)
 
-    def resume(self, checkpointer: Checkpointer, actor: MegatronActor, data: DataPosition) -> int:
+    def _refuse_another_run(self) -> None:
+        metrics, latest = self.folder / METRICS_FILE, self.checkpoint_folder / LATEST_FILE
+        # Without a finished step there is nothing to lose.
+        holds_run = latest.exists() or (metrics.exists() and metrics.stat().st_size > 0)
+        if any_rank(holds_run, self._parallel) and not self._resumes:
+            raise ConfigError(
+                f"train.run_dir={self.folder} already holds a run ({METRICS_FILE} or checkpoints): choose "
+                "another directory, remove it, or set checkpoint.resume=auto (--resume auto) to go on"
+            )
+
+    def resume(self, checkpointer: Checkpointer) -> int:
         """Restore the latest checkpoint if configured, write config.yaml; the completed steps."""
-        start = checkpointer.load_latest(actor, data, self._cfg.train.num_steps) if self._resumes else 0
+        restored = checkpointer.load_latest(self._cfg.train.num_steps) if self._resumes else None
+        start = 0 if restored is None else restored.step
+        if restored is not None:
+            self.note(f"going on after step {start}, from {restored.folder}")
+            if not restored.same_layout:
+                self.note("the layout is another one: the random state is seeded anew")
+        self._logger = MetricsLogger(self.folder, self._cfg.logging, self._parallel.is_main, start)
         if self._parallel.is_main:
             dump_config(self._cfg, self.folder / "config.yaml")
         return start
 
-    def finish(self, checkpointer: Checkpointer, actor: MegatronActor, data: DataPosition) -> None:
+    def finish(self, checkpointer: Checkpointer, actor: MegatronActor) -> None:
         """What is configured for the end of a run: a checkpoint, the model in Hugging Face format."""
         if self._cfg.checkpoint.save_final:
-            checkpointer.save(self._cfg.train.num_steps, actor, data)
+            checkpointer.save(self._cfg.train.num_steps, self._metrics)
+        checkpointer.finish()
         if self._cfg.checkpoint.export_hf:
             source, hf_path = actor.weight_source(), self._cfg.model.hf_path
             export_hf_checkpoint(self.folder / "hf", source, hf_path, self._parallel)
@@ -172,10 +89,46 @@ class Run:
         """Whether something that happens every ``interval`` steps (0 = never) follows ``step``."""
         return interval > 0 and (step + 1) % interval == 0 and step + 1 < self._cfg.train.num_steps
 
-    def finish_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of ``step`` (counted from 0) and show its line."""
-        self._logger.log(step + 1, {**metrics, **self._display.timings()})
+    def finish_step(
+        self, step: int, metrics: Mapping[str, float], actor: MegatronActor, checkpointer: Checkpointer
+    ) -> None:
+        """Log the metrics of ``step`` (counted from 0), show its line, save where a checkpoint is due.
+
+        Raises TrainingError after too many updates that were not finite, RunInterrupted after a signal that
+        asks to stop; the state is saved before either.
+        """
+        assert self._logger is not None, "resume comes first"
+        self._metrics = {**metrics, **self._display.timings()}
+        self._logger.log(step + 1, self._metrics)
         self._display.step_line(step + 1, metrics)
+        has_diverged = actor.most_consecutive_skips >= self._cfg.train.max_skipped_updates
+        stopped_by = self._stopped_by()
+        must_end = has_diverged or stopped_by is not None
+        with self.phase("checkpoint"):
+            if must_end or self.is_due(self._cfg.checkpoint.interval, step):
+                folder = checkpointer.save(step + 1, self._metrics)
+            else:
+                checkpointer.poll()
+            if must_end:
+                checkpointer.finish()
+        if has_diverged:
+            raise TrainingError(
+                "the last updates had a loss or gradient that is not finite and were skipped "
+                f"(train.max_skipped_updates). The state is saved in {folder}; lower optimizer.lr or look at "
+                f"the last lines of {self.folder / METRICS_FILE}"
+            )
+        if stopped_by is not None:
+            raise RunInterrupted(
+                f"{stopped_by} received: stopped after step {step + 1} of {self._cfg.train.num_steps}, the "
+                f"state is saved in {folder}. To go on, give the same command with --resume auto"
+            )
+
+    def _stopped_by(self) -> str | None:
+        """The signal that asked any rank to stop, the same answer on every rank."""
+        received = self._stop_request.received
+        if not any_rank(received is not None, self._parallel):
+            return None
+        return next(name for name in all_gather_objects(received, self._parallel) if name is not None)
 
     def note(self, text: str) -> None:
         """Show a line."""
@@ -186,23 +139,20 @@ class Run:
         if self._parallel.is_main:
             write_atomically(self.folder / name, json.dumps(content, indent=1))
 
-    def diverged(self, checkpoint: Path) -> TrainingError:
-        """The error of a run whose updates are not finite any more."""
-        return TrainingError(
-            "the last updates had a loss or gradient that is not finite and were skipped "
-            f"(train.max_skipped_updates). The state is saved in {checkpoint}; lower optimizer.lr or look at "
-            f"the last lines of {self.folder / METRICS_FILE}"
-        )
-
     def __enter__(self) -> Run:
+        self._stop_request.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stop_request.__exit__(kind, error, trace)
         self._display.close()
-        self._logger.close()
+        if self._logger is not None:
+            self._logger.close()
         if self._parallel.is_main and kind is None:
+            from apo_megatron.telemetry.plots import run_picture  # here: matplotlib, on one rank only
+
             run_picture(self.folder)
 
 

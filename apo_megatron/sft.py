@@ -12,37 +12,24 @@ from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.actor.checkpointer import Checkpointer
 from apo_megatron.config import ObjectiveConfig, SFTConfig
 from apo_megatron.data.collate import TrainingSequence, make_batch
-from apo_megatron.data.demonstrations import DemonstrationLoader, load_demonstrations
-from apo_megatron.data.tokenizer import check_tokenizer, load_tokenizer
-from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.objectives.objective import supervised_objective
 from apo_megatron.parallel.state import init_parallel
-from apo_megatron.run import Run, fixed_settings
+from apo_megatron.run import Run
 from apo_megatron.telemetry.command import parse_command_line, run_command
+from apo_megatron.training_data import load_supervised_data
 
 
 def sft(cfg: SFTConfig) -> None:
     """Run all steps and export run_dir/hf. Raises the errors of ``errors.py`` for what a user can mend."""
     parallel = init_parallel(cfg.parallel, cfg.train.seed)
-    vocab_size = read_architecture(cfg.model.hf_path).vocab_size
-    tokenizer = load_tokenizer(cfg.model.hf_path)
-    check_tokenizer(tokenizer, vocab_size, cfg.model.hf_path)
-    data = cfg.data
-    demonstrations = DemonstrationLoader(
-        load_demonstrations(
-            data.train_path, tokenizer, data.prompt_field, data.response_field, data.max_length
-        ),
-        cfg.train.batch_size,
-        cfg.train.seed,
-        data.shuffle,
-    )
+    demonstrations = load_supervised_data(cfg)
     objective, aggregation = supervised_objective(), ObjectiveConfig()  # token-mean
     with Run(cfg, parallel, title="cold start") as run:
         actor = MegatronActor(
             cfg.model, cfg.optimizer, parallel, cfg.train.micro_batch_size, num_updates=cfg.train.num_steps
         )
-        checkpointer = Checkpointer(run.folder / "checkpoints", fixed_settings(cfg), parallel)
-        for step in range(run.resume(checkpointer, actor, demonstrations), cfg.train.num_steps):
+        checkpointer = Checkpointer(run.checkpoint_folder, cfg, actor, {"data": demonstrations})
+        for step in range(run.resume(checkpointer), cfg.train.num_steps):
             sequences = [
                 TrainingSequence(tokens, prompt_length)
                 for tokens, prompt_length in demonstrations.next_batch()
@@ -51,12 +38,8 @@ def sft(cfg: SFTConfig) -> None:
             batch = make_batch(sequences, aggregation, parallel, num_mini_batches=1, seed=seed)
             with run.phase("cold start", batch.num_sequences) as advance:
                 metrics = actor.update(batch.sequences, objective, advance)
-            run.finish_step(step, metrics)
-            if actor.most_consecutive_skips >= cfg.train.max_skipped_updates:
-                raise run.diverged(checkpointer.save(step + 1, actor, demonstrations))
-            if run.is_due(cfg.checkpoint.interval, step):
-                checkpointer.save(step + 1, actor, demonstrations)
-        run.finish(checkpointer, actor, demonstrations)
+            run.finish_step(step, metrics, actor, checkpointer)
+        run.finish(checkpointer, actor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

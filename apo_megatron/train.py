@@ -27,8 +27,10 @@ from apo_megatron.rollout.groups import (
     score_groups,
     step_sampling,
 )
-from apo_megatron.run import Evaluator, Run, fixed_settings, load_training_data, mean_metrics
+from apo_megatron.run import Evaluator, Run, mean_metrics
 from apo_megatron.telemetry.command import parse_command_line, run_command
+from apo_megatron.training_data import load_training_data
+from apo_megatron.weights.digest import weights_digest
 
 
 def train(cfg: RLConfig) -> None:
@@ -45,11 +47,12 @@ def train(cfg: RLConfig) -> None:
             temperature=cfg.rollout.temperature,
         )
         objective = build_objective(cfg.objective)
-        # pi_ref, before anything is resumed
-        reference = None if objective.reference_scope == "none" else actor.snapshot()
+        reference = digest = None
+        if objective.reference_scope != "none":  # pi_ref, before anything is resumed
+            reference, digest = actor.snapshot(), weights_digest(actor.weight_source(), parallel)
         engine = build_engine(cfg.rollout, cfg.model, parallel.device)
-        checkpointer = Checkpointer(run.folder / "checkpoints", fixed_settings(cfg), parallel)
-        start = run.resume(checkpointer, actor, data.prompts)
+        checkpointer = Checkpointer(run.checkpoint_folder, cfg, actor, {"data": data.prompts}, digest)
+        start = run.resume(checkpointer)
         engine.update_weights(actor.weight_source(), version=start)
         evaluator = Evaluator(cfg, parallel, run, engine, data)
         if cfg.evaluation.at_start and start == 0:
@@ -83,15 +86,11 @@ def train(cfg: RLConfig) -> None:
                 metrics |= mean_metrics(updates)
             if run.is_due(cfg.evaluation.interval, step):
                 metrics |= evaluator.metrics()
-            run.finish_step(step, metrics)
-            if actor.most_consecutive_skips >= cfg.train.max_skipped_updates:
-                raise run.diverged(checkpointer.save(step + 1, actor, data.prompts))
-            if run.is_due(cfg.checkpoint.interval, step):
-                checkpointer.save(step + 1, actor, data.prompts)
+            run.finish_step(step, metrics, actor, checkpointer)
 
         evaluator.run("final")
         engine.close()
-        run.finish(checkpointer, actor, data.prompts)
+        run.finish(checkpointer, actor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

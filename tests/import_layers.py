@@ -21,6 +21,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "apo_megatron.sft",
         "apo_megatron.evaluate",
         "apo_megatron.run",
+        "apo_megatron.training_data",
     ),
     "workers": ("apo_megatron.actor", "apo_megatron.rollout", "apo_megatron.evaluation"),
     "parts": (

@@ -269,6 +269,41 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
+        "best_checkpoints_need_a_metric",
+        ["checkpoint.keep_best=2", "checkpoint.keep_last=1"],
+        ["checkpoint:", "keep_best=2", "best_metric"],
+    ),
+    (
+        RLConfig,
+        "best_checkpoints_need_a_metric",
+        ["checkpoint.keep_best=2", "checkpoint.best_metric=reward"],
+        ["checkpoint:", "keep_best=2", "keep_last=0"],
+    ),
+    (
+        RLConfig,
+        "best_metric_is_measured",
+        [
+            "checkpoint.best_metric=eval/pass_at_8",
+            "evaluation.data_path=x",
+            "evaluation.interval=5",
+            "evaluation.ks=[1, 4]",
+        ],
+        ["checkpoint.best_metric=eval/pass_at_8", "ks=[1, 4]", "eval/pass_at_1, eval/pass_at_4"],
+    ),
+    (
+        RLConfig,
+        "best_metric_is_measured",
+        ["checkpoint.best_metric=eval/pass_at_8"],
+        ["checkpoint.best_metric=eval/pass_at_8", "evaluation.interval=0", "give nothing"],
+    ),
+    (
+        SFTConfig,
+        "no_best_checkpoints",
+        ["checkpoint.keep_best=1", "checkpoint.keep_last=1", "checkpoint.best_metric=loss"],
+        ["checkpoint.keep_best=1", "evaluates nothing"],
+    ),
+    (
+        RLConfig,
         "wrong_tokens_must_not_start_clipped",
         ["objective.apo_pull_coeff=0.3"],
         ["objective:", "apo_push_coeff - apo_pull_coeff = 0.75", "(0.8, 1.28)", "clip_low", "clip_high"],

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from apo_megatron.config.schema import LoggingConfig, RLConfig, SFTConfig
-from apo_megatron.errors import CheckpointError, ConfigError, DataError, WeightMappingError
+from apo_megatron.errors import CheckpointError, ConfigError, DataError, RunInterrupted, WeightMappingError
 from apo_megatron.telemetry import command, plots, progress
 from apo_megatron.telemetry.command import parse_command_line, run_command
 from apo_megatron.telemetry.metrics import MetricsLogger, read_metrics
@@ -52,11 +52,11 @@ def test_only_the_main_rank_writes(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_torn_last_line_is_left_out_and_cut_off_on_resume(tmp_path: Path) -> None:
+def test_what_lies_beyond_the_checkpoint_is_cut_off_on_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "reward": 0.1}\n{"step": 2, "rew')
-    assert read_metrics(path) == [{"step": 1, "reward": 0.1}]
-    with MetricsLogger(tmp_path, QUIET, is_main=True, append=True) as logger:
+    path.write_text('{"step": 1, "reward": 0.1}\n{"step": 2, "reward": 0.7}\n{"step": 3, "rew')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]  # without the torn line
+    with MetricsLogger(tmp_path, QUIET, is_main=True, after_step=1) as logger:
         logger.log(2, {"reward": 0.2})
     assert [line["reward"] for line in read_metrics(path)] == [0.1, 0.2]
     with MetricsLogger(tmp_path, QUIET, is_main=True) as logger:
@@ -81,6 +81,20 @@ def test_tensorboard_gets_finite_values(tmp_path: Path) -> None:
     events.Reload()
     assert events.Tags()["scalars"] == ["reward"]
     assert [(event.step, event.value) for event in events.Scalars("reward")] == [(7, 0.5)]
+
+
+def test_tensorboard_hides_what_lies_beyond_the_checkpoint(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLogger(tmp_path, LoggingConfig(), is_main=True) as logger:
+        for step in (1, 2, 3):
+            logger.log(step, {"reward": 0.1 * step})
+    with MetricsLogger(tmp_path, LoggingConfig(), is_main=True, after_step=1) as logger:
+        logger.log(2, {"reward": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = [(event.step, round(event.value, 6)) for event in events.Scalars("reward")]
+    assert found == [(1, 0.1), (2, 0.5)]
 
 
 def test_missing_wandb_is_a_config_error_that_keeps_old_metrics(
@@ -246,6 +260,7 @@ def raising(error: BaseException) -> object:
         (CheckpointError("truncated"), 2, "error: truncated\n"),
         (FileNotFoundError(2, "No such file", "data/x.jsonl"), 2, "error: No such file: data/x.jsonl\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (RunInterrupted("stopped after step 3"), 130, "stopped after step 3\n"),
     ],
 )
 def test_user_errors_end_with_a_message(
@@ -323,6 +338,9 @@ def test_command_line_reads_file_and_overrides(tmp_path: Path) -> None:
     ):
         cfg = parse_command_line(argv, SFTConfig, "python -m apo_megatron.sft")
         assert (cfg.train.num_steps, cfg.optimizer.lr, cfg.train.run_dir) == (7, 1e-3, "c")
+        assert cfg.checkpoint.resume == "never"
+        cfg = parse_command_line([*argv, "--resume", "auto"], SFTConfig, "python -m apo_megatron.sft")
+        assert cfg.checkpoint.resume == "auto"
 
 
 @pytest.mark.parametrize("argv", [[], ["train.seed=1"], ["--config", "x.yaml", "--confg=y"]])
@@ -336,6 +354,7 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         parse_command_line(["--help"], RLConfig, "python -m apo_megatron.train")
     assert stop.value.code == 0
     shown = capsys.readouterr().out
+    assert "--resume {auto,never}" in shown
     for name, section in RLConfig.model_fields.items():
         assert f"\n{name}: " in shown
         for field, info in section.annotation.model_fields.items():  # type: ignore[union-attr]

@@ -83,7 +83,7 @@ class MegatronActor:
             ),
             temperature,
         )
-        self._consecutive_skips = self.most_consecutive_skips = 0
+        self.consecutive_skips = self.most_consecutive_skips = 0  # updates that were not finite
         self._weight_source = WeightSource(models, self.architecture, parallel)
 
     def weight_source(self) -> WeightSource:
@@ -170,12 +170,12 @@ class MegatronActor:
         is_skipped = any_rank(not is_finite, self.parallel)
         if is_skipped:
             grad_norm = math.nan
-            self._consecutive_skips += 1
-            self.most_consecutive_skips = max(self.most_consecutive_skips, self._consecutive_skips)
+            self.consecutive_skips += 1
+            self.most_consecutive_skips = max(self.most_consecutive_skips, self.consecutive_skips)
         else:
             _, grad_norm, _ = self.optimizer.step()
             self.scheduler.step(increment=1)
-            self._consecutive_skips = 0
+            self.consecutive_skips = 0
         return {
             **metrics,
             "grad_norm": float(grad_norm),

@@ -1,204 +1,213 @@
-"""Training checkpoints: model, optimizer, schedule, data position and step, in Megatron's format.
-
-Written aside and renamed when complete; ``latest`` moves last, so a run that dies while saving loses
-nothing. The random state needs no saving: samples and data order are seeded by step.
-"""
+"""Training checkpoints: everything that a run needs to go on exactly as if it had not stopped."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.transformer.module import MegatronModule
 
 from apo_megatron.actor.actor import MegatronActor
+from apo_megatron.actor.checkpoint_files import CheckpointFolder
+from apo_megatron.actor.checkpoint_state import CheckpointState, as_json, check_resumable, fixed_settings
+from apo_megatron.actor.random_state import get_random_state, seed_random_state, set_random_state
+from apo_megatron.actor.sharded_state import ShardedWrite, load_sharded_state
+from apo_megatron.config import RLConfig, SFTConfig, dump_config
 from apo_megatron.errors import CheckpointError
-from apo_megatron.files import write_atomically
-from apo_megatron.parallel.collectives import barrier, broadcast_from_main
-from apo_megatron.parallel.state import ParallelContext
+from apo_megatron.models.hf_config import resolve_model_path
+from apo_megatron.parallel.collectives import all_gather_objects, any_rank
+from apo_megatron.weights.hf_checkpoint import copy_model_files
+from apo_megatron.weights.torch_dist_format import COMMON_FILE, read_chunks
 
-# fully_reshardable: the optimizer state may be loaded at another TP / PP / DP.
-_SHARDING = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-}
+T = TypeVar("T")
 
 
-class DataPosition(Protocol):
-    """What remembers how far the data was read."""
+class Stateful(Protocol):
+    """A part of the run with a state of its own, the same on every rank: plain numbers, texts, containers."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True)
+class Restored:
+    """Where a run goes on."""
+
+    folder: Path
+    step: int  # completed steps
+    same_layout: bool  # False: the random state was seeded anew
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    partial: Path
+    state: CheckpointState
+    random_state: dict[str, Any]  # of this rank
+    write: ShardedWrite
+
+
 class Checkpointer:
-    """Saves to and loads from ``folder``/step_XXXXXX. Collective: every rank calls every method.
+    """Saves ``actor`` and ``parts`` (such as {"data": position in the data}) to ``folder``, and loads them.
 
-    ``settings`` ({dotted name: value}) is what a resumed run must share with the one that saved.
+    Collective: every rank calls every method. ``reference`` is the digest of the reference weights, which
+    are read from model.hf_path again when a run goes on. With checkpoint.async_save files are written while
+    training goes on; one checkpoint at a time.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any], parallel: ParallelContext) -> None:
-        self.folder = Path(folder)
-        self._settings = dict(settings)
-        self._parallel = parallel
+    def __init__(
+        self,
+        folder: str | Path,
+        cfg: RLConfig | SFTConfig,
+        actor: MegatronActor,
+        parts: Mapping[str, Stateful],
+        reference: str | None = None,
+    ) -> None:
+        checkpoint = cfg.checkpoint
+        self._files = CheckpointFolder(
+            folder, checkpoint.keep_last, checkpoint.keep_best, checkpoint.best_metric
+        )
+        self._cfg, self._actor, self._parts, self._reference = cfg, actor, dict(parts), reference
+        self._parallel = actor.parallel
+        self._pending: _Pending | None = None
+        self._newest: int | None = None  # completed steps of what was written or loaded last
 
-    def save(self, step: int, actor: MegatronActor, data: DataPosition) -> Path:
-        """Write the state after ``step`` completed steps; the folder of the checkpoint."""
-        final = self.folder / f"step_{step:06d}"
-        partial, replaced = self.folder / f".{final.name}.partial", self.folder / f".{final.name}.replaced"
-        if self._parallel.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        barrier(self._parallel)
-        dist_checkpointing.save(_sharded_state(actor, is_loading=False), str(partial))
-        barrier(self._parallel)
-        if self._parallel.is_main:
-            state = {
-                "step": step,
-                "scheduler": actor.scheduler.state_dict(),
-                "data": data.state_dict(),
-                "settings": self._settings,
-            }
-            write_atomically(partial / "state.json", json.dumps(state, indent=1))
-            if final.exists():  # ``latest`` may name it: it must not be gone at any time for longer than this
-                final.rename(replaced)
-            partial.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
-            write_atomically(self.folder / "latest", final.name)
-        barrier(self._parallel)
-        return final
+    def save(self, step: int, metrics: Mapping[str, float]) -> Path:
+        """Save the state after ``step`` completed steps; ``metrics`` are those of the last one.
 
-    def load_latest(self, actor: MegatronActor, data: DataPosition, max_step: int) -> int:
-        """Restore the newest checkpoint and return its number of completed steps; 0 where there is none.
-
-        Raises CheckpointError where it is not complete, was made with other settings, holds another model
-        or lies beyond ``max_step``.
+        Returns where the checkpoint is, or will be once it is complete. Raises CheckpointError on every rank
+        where this checkpoint, or the one before that was still being written, cannot be written on one.
         """
-        pointer = self.folder / "latest"
+        self.finish()
+        if self._newest != step:
+            partial = self._on_main(lambda: self._files.begin(step))
+            with self._discarded_on_error(partial):
+                state, random_state = self._state(step, metrics), get_random_state(self._parallel)
+                self._pending = _Pending(partial, state, random_state, ShardedWrite(self._actor, partial))
+            if not self._cfg.checkpoint.async_save:
+                self.finish()
+        return self._files.path(step)
+
+    def poll(self) -> None:
+        """Complete the checkpoint in the background if its files are written. Raises as ``save``."""
+        pending = self._pending
+        if pending is not None and not any_rank(not pending.write.is_done(), self._parallel):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint in the background, if there is one, and complete it. Raises as ``save``."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        with self._discarded_on_error(pending.partial):
+            self._everywhere(lambda: self._write_own_files(pending))
+            pending.write.finish()
+            self._on_main(lambda: self._files.complete(pending.partial, pending.state))
+        self._newest = pending.state.step
+
+    def load_latest(self, max_step: int) -> Restored | None:
+        """Restore the checkpoint that ``latest`` names; None where there is none.
+
+        Raises CheckpointError on every rank where it is damaged, does not belong to this run, was made with
+        settings or reference weights that have changed since, or lies beyond ``max_step``.
+        """
         # One rank looks: on a shared file system the others may see an older state of the folder.
-        name = broadcast_from_main(pointer.read_text().strip() if pointer.exists() else "", self._parallel)
-        if not name:
-            return 0
-        folder = self.folder / name
-        state = self._read_state(folder)
-        if state["step"] > max_step:
-            raise CheckpointError(
-                f"{folder} has {state['step']} completed steps, train.num_steps={max_step}: raise num_steps "
-                "or choose another train.run_dir"
-            )
+        found = self._on_main(lambda: self._find(max_step))
+        if found is None:
+            return None
+        folder, state = found
+        load_sharded_state(self._actor, folder)
+        self._actor.scheduler.load_state_dict(state.scheduler)
+        self._actor.consecutive_skips = state.consecutive_skips
+        for name, part in self._parts.items():
+            part.load_state_dict(state.parts[name])
+        same_layout = state.layout == as_json(asdict(self._parallel.dims))
+        if same_layout:
+            self._everywhere(lambda: self._restore_random_state(folder))
+        else:
+            seed_random_state(self._cfg.train.seed + state.step)
+        self._newest = state.step
+        return Restored(folder, state.step, same_layout)
+
+    def _state(self, step: int, metrics: Mapping[str, float]) -> CheckpointState:
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        return CheckpointState(
+            step=step,
+            policy_version=step,
+            consecutive_skips=self._actor.consecutive_skips,
+            scheduler=as_json(self._actor.scheduler.state_dict()),
+            parts={name: as_json(part.state_dict()) for name, part in self._parts.items()},
+            reference=self._reference,
+            metrics=dict(finite),
+            settings=as_json(fixed_settings(self._cfg)),
+            layout=as_json(asdict(self._parallel.dims)),
+            files={},
+        )
+
+    def _write_own_files(self, pending: _Pending) -> None:
+        """This rank's shards and random state; on the main rank what makes the folder usable on its own."""
+        pending.write.wait()
+        path = self._random_state_file(pending.partial)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(pending.random_state), encoding="utf-8")
+        if self._parallel.is_main:
+            dump_config(self._cfg, pending.partial / "config.yaml")
+            (pending.partial / "hf").mkdir()
+            copy_model_files(resolve_model_path(self._cfg.model.hf_path), pending.partial / "hf")
+
+    def _find(self, max_step: int) -> tuple[Path, CheckpointState] | None:
+        folder = self._files.latest()
+        if folder is None:
+            return None
+        state = self._files.read(folder)
+        settings = fixed_settings(self._cfg)
+        check_resumable(state, folder, settings, set(self._parts), self._reference, max_step)
+        read_chunks(folder)  # refuses a .metadata with anything in it but the format: Megatron unpickles it
         try:
-            loaded = dist_checkpointing.load(_sharded_state(actor, is_loading=True), str(folder))
-        except CheckpointingException as error:
-            raise CheckpointError(f"{folder} does not fit the model: {error}") from error
-        for index, chunk in enumerate(actor.model_chunks):
-            _inner(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
-        _add_missing_step(actor, loaded["optimizer"])
-        actor.optimizer.load_state_dict(loaded["optimizer"])
-        _separate_adam_steps(actor)
-        actor.scheduler.load_state_dict(state["scheduler"])
-        data.load_state_dict(state["data"])
-        return int(state["step"])
+            torch.load(folder / COMMON_FILE, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{folder / COMMON_FILE}: refused: {error}") from error
+        return folder, state
 
-    def _read_state(self, folder: Path) -> dict[str, Any]:
-        path = folder / "state.json"
+    def _restore_random_state(self, folder: Path) -> None:
+        path = self._random_state_file(folder)
         try:
-            state = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise CheckpointError(
-                f"{path}: {error}. The checkpoint that {self.folder / 'latest'} names is not complete: write "
-                "the name of an older step_* folder into that file, or delete it to start anew"
-            ) from error
-        saved, current = state["settings"], json.loads(json.dumps(self._settings))
-        differing = [
-            f"{name}: {saved.get(name)!r} there, {current.get(name)!r} here"
-            for name in sorted(saved.keys() | current.keys())
-            if saved.get(name) != current.get(name)
-        ]
-        if differing:
-            raise CheckpointError(
-                f"{folder} was made with other settings ({'; '.join(differing)}): take these back, or start "
-                "anew in another train.run_dir"
-            )
-        return dict(state)
+            set_random_state(json.loads(path.read_text(encoding="utf-8")), self._parallel)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from error
 
+    def _random_state_file(self, folder: Path) -> Path:
+        return folder / "random_state" / f"rank_{self._parallel.rank:05d}.json"
 
-def _inner(chunk: DistributedDataParallel) -> MegatronModule:
-    """The model that DDP wraps: its state has the plain names."""
-    return chunk.module
+    @contextmanager
+    def _discarded_on_error(self, partial: Path) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:  # on every rank
+            self._on_main(lambda: self._files.discard(partial))
+            raise
 
+    def _everywhere(self, action: Callable[[], T]) -> list[T]:
+        """Call ``action`` on every rank; the results by rank. Where one fails, all raise CheckpointError."""
+        result: T | None = None
+        problem = None
+        try:
+            result = action()
+        except (OSError, CheckpointError) as error:
+            problem = str(error)
+        outcomes = all_gather_objects((result, problem), self._parallel)
+        for rank, (_, found) in enumerate(outcomes):
+            if found is not None:
+                raise CheckpointError(found if rank == 0 else f"rank {rank}: {found}")
+        return [value for value, _ in outcomes]  # type: ignore[misc]
 
-def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
-    _initialise_adam_state(actor)
-    if is_loading:
-        _keep_adam_steps(actor)
-    state: dict[str, Any] = {
-        f"model{index}": _inner(chunk).sharded_state_dict(metadata=dict(_SHARDING))
-        for index, chunk in enumerate(actor.model_chunks)
-    }
-    # The optimizer looks through all chunks; merged they would overwrite each other's local layer names.
-    state["optimizer"] = actor.optimizer.sharded_state_dict(
-        dict(state), is_loading=is_loading, metadata=dict(_SHARDING)
-    )
-    return state
-
-
-def _torch_adam_optimizers(actor: MegatronActor) -> list[Any]:
-    """Megatron's optimizers that run torch's Adam. Those of Apex and TransformerEngine count steps in the
-    parameter group, which Megatron 0.16 handles; torch's count them per parameter, which it does not."""
-    optimizers = getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
-    return [o for o in optimizers if isinstance(o.optimizer, torch.optim.Adam)]
-
-
-def _initialise_adam_state(actor: MegatronActor) -> None:
-    """Make the state that the first update would make, so that a run can be saved and loaded before it.
-
-    Megatron creates the moments but no "step", which it then asks for.
-    """
-    for optimizer in _torch_adam_optimizers(actor):
-        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)  # leaves existing state alone
-        for state in optimizer.optimizer.state.values():
-            state.setdefault("step", torch.tensor(0.0))
-
-
-def _keep_adam_steps(actor: MegatronActor) -> None:
-    """Let the distributed optimizer find the "step" that Megatron drops on the way to the main parameters."""
-    for optimizer in _torch_adam_optimizers(actor):
-        if not isinstance(optimizer, DistributedOptimizer):
-            continue
-        original = optimizer._set_main_param_and_optimizer_states
-
-        def keep_step(
-            parameter: Any, tensors: Any, optimizer: Any = optimizer, original: Any = original
-        ) -> Any:
-            group, order = optimizer.model_param_group_index_map[parameter]
-            main = optimizer.optimizer.param_groups[group]["params"][order]
-            tensors.setdefault("step", optimizer.optimizer.state[main]["step"])
-            return original(parameter, tensors)
-
-        optimizer._set_main_param_and_optimizer_states = keep_step
-
-
-def _add_missing_step(actor: MegatronActor, loaded: dict[str, Any]) -> None:
-    """Put back the step 0 that Megatron leaves out where the optimizer is not distributed."""
-    for optimizer in _torch_adam_optimizers(actor):
-        if not isinstance(optimizer, DistributedOptimizer):
-            adam_state = loaded.get("optimizer", loaded)["state"]
-            adam_state.setdefault("common_step", torch.tensor(0.0))
-
-
-def _separate_adam_steps(actor: MegatronActor) -> None:
-    """Give each parameter a step of its own: Megatron loads one shared tensor, which torch's Adam would
-    advance once a parameter."""
-    for optimizer in _torch_adam_optimizers(actor):
-        for state in optimizer.optimizer.state.values():
-            state["step"] = state["step"].clone()
+    def _on_main(self, action: Callable[[], T]) -> T:
+        """Call ``action`` on the main rank; its result on every rank, or CheckpointError."""
+        return self._everywhere(lambda: action() if self._parallel.is_main else None)[0]  # type: ignore[return-value]

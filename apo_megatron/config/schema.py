@@ -285,8 +285,26 @@ class CheckpointConfig(Section):
 
     interval: NonNegativeInt = Field(0, description="Save every so many steps; 0 = never.")
     save_final: bool = Field(False, description="Save model, optimizer and step when the run ends, too.")
-    resume: Literal["auto", "never"] = Field("never", description="auto: go on from the latest checkpoint.")
+    async_save: bool = Field(True, description="Write files while training goes on; needs a copy in memory.")
+    keep_last: NonNegativeInt = Field(0, description="Keep so many of the newest checkpoints; 0 = all.")
+    keep_best: NonNegativeInt = Field(0, description="Keep so many with the highest best_metric, too.")
+    best_metric: str | None = Field(None, description="Metric of keep_best, such as eval/pass_at_8.")
+    resume: Literal["auto", "never"] = Field(
+        "never", description="auto: go on from the latest checkpoint (--resume auto)."
+    )
     export_hf: bool = Field(True, description="Write run_dir/hf (safetensors, config, tokenizer) at the end.")
+
+    @rule
+    def best_checkpoints_need_a_metric(self) -> str | None:
+        """`keep_best` > 0 needs `best_metric`, and `keep_last` > 0: without it all are kept anyway."""
+        if self.keep_best and self.best_metric is None:
+            return f"keep_best={self.keep_best} without best_metric: name one, such as eval/pass_at_8"
+        if self.keep_best and not self.keep_last:
+            return (
+                f"keep_best={self.keep_best} with keep_last=0, which keeps every checkpoint: set keep_last "
+                "to at least 1, or keep_best=0"
+            )
+        return None
 
 
 class LoggingConfig(Section):
@@ -332,6 +350,22 @@ class RLConfig(Section):
         return None
 
     @rule
+    def best_metric_is_measured(self) -> str | None:
+        """`checkpoint.best_metric` of the form eval/... must be one that `evaluation` measures between the
+        ends of the run: eval/pass_at_K, K of `ks` and at most `interval_num_samples`, `interval` > 0."""
+        metric, cfg = self.checkpoint.best_metric, self.evaluation
+        if metric is None or not metric.startswith("eval/"):
+            return None
+        measured = [f"eval/pass_at_{k}" for k in cfg.ks if cfg.interval and k <= cfg.interval_num_samples]
+        if metric in measured:
+            return None
+        return (
+            f"checkpoint.best_metric={metric} is not measured during the run: evaluation.interval="
+            f"{cfg.interval}, ks={list(cfg.ks)} and interval_num_samples={cfg.interval_num_samples} give "
+            f"{', '.join(measured) or 'nothing'}"
+        )
+
+    @rule
     def mini_batches_are_not_empty(self) -> str | None:
         """`train.num_mini_batches` must not exceed `data.prompts_per_step` x `rollout.group_size`."""
         num_samples = self.data.prompts_per_step * self.rollout.group_size
@@ -359,6 +393,15 @@ class SFTConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @rule
+    def no_best_checkpoints(self) -> str | None:
+        """`checkpoint.keep_best` must be 0: nothing is evaluated."""
+        if self.checkpoint.keep_best:
+            return (
+                f"checkpoint.keep_best={self.checkpoint.keep_best}: the cold start evaluates nothing, set 0"
+            )
+        return None
 
     @rule
     def warmup_ends_before_training(self) -> str | None:

@@ -21,6 +21,7 @@ from apo_megatron.errors import (
     DataError,
     RewardError,
     RolloutError,
+    RunInterrupted,
     TrainingError,
     WeightMappingError,
 )
@@ -49,7 +50,8 @@ SECONDS_BEFORE_OTHER_RANKS_SPEAK = 3.0
 def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
     """Call ``main(argv)`` (default: the command line) and return the exit code for ``sys.exit``.
 
-    0 = done, 2 = an error the user can act on (``error: ...`` on stderr), 130 = interrupted. Any other
+    0 = done, 2 = an error the user can act on (``error: ...`` on stderr), 130 = interrupted (after a signal
+    that asks to stop: with the state saved, and how to go on). Any other
     exception is our mistake: traceback and exit code 1. APO_MEGATRON_TRACEBACK=1 shows the traceback of user
     errors too. Does not return where torch.distributed runs and something failed (see ``_leave``).
     """
@@ -61,9 +63,9 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     except USER_ERRORS as error:
         _report_user_error(error)
         code = _leave(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RunInterrupted) as interruption:
         if _rank() == 0:
-            print("interrupted", file=sys.stderr)
+            print(str(interruption) or "interrupted", file=sys.stderr)
         code = _leave(EXIT_INTERRUPTED)
     sys.excepthook = previous_hook
     return code
@@ -72,16 +74,24 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
 def parse_command_line(argv: Sequence[str], config_class: type[Config], program: str) -> Config:
     """``--config FILE [section.field=value ...]`` as a config; ``--help`` lists every field and exits.
 
-    ``program`` is how the command is called, such as ``python -m apo_megatron.train``. Raises ConfigError.
+    ``program`` is how the command is called, such as ``python -m apo_megatron.train``. Where there are
+    checkpoints, ``--resume auto`` stands for ``checkpoint.resume=auto``. Raises ConfigError.
     """
+    can_resume = "checkpoint" in config_class.model_fields
     parser = _Parser(
         prog=program,
-        usage=f"{program} --config FILE [section.field=value ...]",
+        usage=f"{program} --config FILE {'[--resume auto] ' if can_resume else ''}[section.field=value ...]",
         epilog=f"fields:\n\n{describe_fields(config_class)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="YAML with the settings")
+    if can_resume:
+        parser.add_argument(
+            "--resume",
+            choices=("auto", "never"),
+            help="go on from the latest checkpoint in train.run_dir, where there is one (checkpoint.resume)",
+        )
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -89,7 +99,9 @@ def parse_command_line(argv: Sequence[str], config_class: type[Config], program:
         help="settings that go before those of the file; the value is read as YAML",
     )
     parsed = parser.parse_intermixed_args(argv)
-    return load_config(config_class, parsed.config, parsed.overrides)
+    resume = getattr(parsed, "resume", None)
+    overrides = [*parsed.overrides, *([] if resume is None else [f"checkpoint.resume={resume}"])]
+    return load_config(config_class, parsed.config, overrides)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,6 +11,7 @@ from typing import Any
 
 from apo_megatron.config.schema import LoggingConfig
 from apo_megatron.errors import ConfigError, DataError
+from apo_megatron.files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -18,14 +19,15 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLogger:
     """Appends one JSON object a call to ``run_dir/metrics.jsonl``; does nothing off the main rank.
 
-    ``append=False`` starts the file anew; ``append=True`` goes on (a line torn by a crash is cut off).
-    Only metrics leave this process: no configuration, no environment, no code.
+    A run that goes on after step ``after_step`` keeps the lines up to it: what an earlier process wrote
+    beyond is written again (TensorBoard hides it). With 0 the file starts anew. Only metrics leave this
+    process: no configuration, no environment, no code.
 
     Raises ConfigError where a configured destination is not installed.
     """
 
     def __init__(
-        self, run_dir: str | Path, logging_cfg: LoggingConfig, is_main: bool, append: bool = False
+        self, run_dir: str | Path, logging_cfg: LoggingConfig, is_main: bool, after_step: int = 0
     ) -> None:
         self._file = None
         self._tensorboard: Any = None
@@ -36,13 +38,15 @@ class MetricsLogger:
         run_dir.mkdir(parents=True, exist_ok=True)
         # Before the file is opened: a missing package must not cost the metrics of an earlier run.
         if logging_cfg.tensorboard:
-            self._tensorboard = _open_tensorboard(run_dir)
+            self._tensorboard = _summary_writer_class()(
+                log_dir=str(run_dir / "tensorboard"), purge_step=after_step + 1
+            )
         if logging_cfg.wandb_project is not None:
             self._wandb = _open_wandb(logging_cfg.wandb_project, run_dir)
         path = run_dir / METRICS_FILE
-        if append and path.exists():
-            _cut_torn_line(path)
-        self._file = path.open("a" if append else "w", encoding="utf-8")
+        if path.exists():
+            _keep_steps(path, after_step)
+        self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write ``metrics`` of ``step``; NaN and infinities as null.
@@ -108,15 +112,26 @@ def _number(value: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _cut_torn_line(path: Path) -> None:
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end != len(content):
-        with path.open("r+b") as file:
-            file.truncate(end)
+def _keep_steps(path: Path, last_step: int) -> None:
+    """Cut off the lines of later steps, and one that a crash tore."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [
+        line
+        for number, line in enumerate(lines, 1)
+        if line.endswith("\n") and _parse_line(path, number, line)["step"] <= last_step
+    ]
+    write_atomically(path, "".join(kept))
 
 
-def _open_tensorboard(run_dir: Path) -> Any:
+def check_destinations(logging_cfg: LoggingConfig) -> None:
+    """Raises ConfigError where a configured destination is not installed, before a run has started."""
+    if logging_cfg.tensorboard:
+        _summary_writer_class()
+    if logging_cfg.wandb_project is not None:
+        _wandb(logging_cfg.wandb_project)
+
+
+def _summary_writer_class() -> Any:
     try:  # here, because it takes seconds to import
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -124,10 +139,10 @@ def _open_tensorboard(run_dir: Path) -> Any:
             "logging.tensorboard=true, but tensorboard is not installed: pip install tensorboard, "
             "or set logging.tensorboard=false"
         ) from error
-    return SummaryWriter(log_dir=str(run_dir / "tensorboard"))
+    return SummaryWriter
 
 
-def _open_wandb(project: str, run_dir: Path) -> Any:
+def _wandb(project: str) -> Any:
     try:  # here, because it is optional
         import wandb
     except ImportError as error:
@@ -135,5 +150,10 @@ def _open_wandb(project: str, run_dir: Path) -> Any:
             f"logging.wandb_project={project}, but wandb is not installed: pip install wandb, "
             "or set logging.wandb_project=null"
         ) from error
+    return wandb
+
+
+def _open_wandb(project: str, run_dir: Path) -> Any:
+    wandb = _wandb(project)
     settings = wandb.Settings(save_code=False, disable_git=True)
     return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), settings=settings)

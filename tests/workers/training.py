@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import apo_megatron.run
 import apo_megatron.train
+import apo_megatron.training_data
 from apo_megatron.config import RLConfig, SFTConfig
 from apo_megatron.data.collate import Batch, make_batch
 from apo_megatron.errors import RewardError, TrainingError
@@ -53,7 +53,7 @@ def run_all(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(config: dict[str, Any], reward: ToyReward) -> str:
-    apo_megatron.run.build_reward = lambda cfg: reward
+    apo_megatron.training_data.build_reward = lambda cfg: reward
     try:
         train(RLConfig.model_validate(config))
     except (RewardError, TrainingError) as error:

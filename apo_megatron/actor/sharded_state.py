@@ -1,0 +1,157 @@
+"""Model and optimizer in Megatron's distributed checkpoint format: written on threads, read back.
+
+Megatron's own writer forks processes off the rank and starts one more that outlives a killed rank. Threads
+need no fork in a process that runs gloo or CUDA, end with the rank, and report their errors.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
+
+from apo_megatron.actor.actor import MegatronActor
+from apo_megatron.actor.adam_state import initialise_adam_state, load_optimizer_state
+from apo_megatron.errors import CheckpointError
+
+# fully_reshardable: the optimizer state may be loaded at another TP / PP / DP. mem_efficient: only the first
+# data-parallel rank, which writes it, gathers it.
+_SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+# What reading a damaged shard can end in, under torch's wrapper or before it.
+_READ_ERRORS = (CheckpointingException, CheckpointException, RuntimeError, KeyError, OSError, EOFError)
+
+
+class ShardedWrite:
+    """Model and optimizer of ``actor`` on their way into ``folder`` (new and empty). Collective to make.
+
+    What is written is the state as it was when this was made: whatever shares memory with the actor has been
+    copied to host memory by then.
+    """
+
+    def __init__(self, actor: MegatronActor, folder: Path) -> None:
+        # Each rank reads its own results. Without a queue Megatron starts a process to hold one.
+        self._results: queue.Queue[Any] = queue.Queue()
+        filesystem_async._results_queue = self._results
+        request = dist_checkpointing.save(
+            _sharded_state(actor, is_loading=False), str(folder), async_sharded_save=True
+        )
+        self._finalize = request.finalize_fns
+        self._writes: list[Future[Any]] = []
+        if request.async_fn is None:  # this rank has nothing to write
+            return
+        transforms, live = request.async_fn.args[0], _storages(actor)
+        buckets = [_staged(bucket, live) for bucket in request.async_fn_args[1]]
+        pool = ThreadPoolExecutor(len(buckets), "checkpoint")
+        self._writes = [pool.submit(_write_file, transforms, i, bucket) for i, bucket in enumerate(buckets)]
+        pool.shutdown(wait=False)
+
+    def is_done(self) -> bool:
+        """Whether this rank's files are written, or have failed."""
+        return all(write.done() for write in self._writes)
+
+    def wait(self) -> None:
+        """Wait for this rank's files. Raises CheckpointError where one could not be written."""
+        for write in self._writes:
+            error = write.exception()
+            if error is not None:
+                raise CheckpointError(f"{type(error).__name__}: {error}") from error
+
+    def finish(self) -> None:
+        """Write Megatron's metadata, once ``wait`` has gone well on every rank. Collective."""
+        if self._writes:
+            self._results.put({i: write.result() for i, write in enumerate(self._writes)})
+        for finalize in self._finalize:
+            finalize()
+
+
+def load_sharded_state(actor: MegatronActor, folder: Path) -> None:
+    """Bring back model and optimizer from ``folder``, whose ``.metadata`` has been checked. Collective.
+
+    Raises CheckpointError where they do not fit the actor's, or cannot be read.
+    """
+    state = _sharded_state(actor, is_loading=True)
+    try:
+        loaded = dist_checkpointing.load(state, str(folder))
+    except _READ_ERRORS as error:
+        raise CheckpointError(f"{folder} cannot be loaded into this model: {_cause(error)}") from error
+    for index, chunk in enumerate(actor.model_chunks):
+        model = chunk.module
+        extra = {name: None for name in model.state_dict() if name.endswith("_extra_state")}
+        model.load_state_dict(loaded[f"model{index}"] | extra, strict=True)
+    load_optimizer_state(actor.optimizer, loaded["optimizer"])
+
+
+def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
+    initialise_adam_state(actor.optimizer)
+    state: dict[str, Any] = {}
+    for index, chunk in enumerate(actor.model_chunks):  # of the model inside DDP, whose names are plain
+        everything = chunk.module.sharded_state_dict(metadata=dict(_SHARDING))
+        # Objects are pickles. They are the scales of FP8 layers, which there are none of.
+        _, state[f"model{index}"] = extract_matching_values(
+            everything, lambda value: isinstance(value, ShardedObject)
+        )
+    # The optimizer looks through all chunks; merged they would overwrite each other's local layer names.
+    state["optimizer"] = actor.optimizer.sharded_state_dict(
+        dict(state), is_loading=is_loading, metadata=dict(_SHARDING)
+    )
+    return state
+
+
+def _storages(actor: MegatronActor) -> set[int]:
+    """Addresses of the memory that updates change in place."""
+    tensors = [p for chunk in actor.model_chunks for p in (*chunk.parameters(), *chunk.module.buffers())]
+    for part in getattr(actor.optimizer, "chained_optimizers", [actor.optimizer]):
+        tensors += [p for group in part.optimizer.param_groups for p in group["params"]]
+        tensors += [
+            value
+            for state in part.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        ]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def _staged(bucket: Any, live: set[int]) -> Any:
+    """One of Megatron's write buckets with its tensors in host memory that nothing else writes to."""
+    path, name, (objects, tensors) = bucket
+    staged = [
+        (item, tensor.to("cpu", copy=tensor.untyped_storage().data_ptr() in live)) for item, tensor in tensors
+    ]
+    return path, name, (objects, staged)
+
+
+def _write_file(transforms: Sequence[Any], index: int, bucket: Any) -> Any:
+    """Write one file; Megatron's list of what lies where in it."""
+    results: queue.Queue[Any] = queue.Queue()
+    running: queue.Queue[int] = queue.Queue()
+    running.put(index)
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+        transforms, index, bucket, results, running, use_fsync=True
+    )
+    _, outcome = results.get()
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong, out of torch's collection of the failures of all ranks."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (failure, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {type(failure).__name__}: {str(failure).splitlines()[0]}"
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

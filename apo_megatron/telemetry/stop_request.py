@@ -1,0 +1,32 @@
+"""Signals that ask a run to stop in good order."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+# SIGTERM: a scheduler (Slurm, torchrun) takes the machine away. SIGUSR1: what one asks for in advance.
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Inside the ``with`` block these signals are noted in ``received``; the second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None  # the name of the signal
+        self._previous: dict[int, Any] = {}
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        signal.signal(number, self._previous[number])
+
+    def __enter__(self) -> StopRequest:
+        self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
