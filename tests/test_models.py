@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from apo_megatron.config.schema import ModelConfig
+from apo_megatron.config.schema import ModelConfig, ParallelConfig
 from apo_megatron.errors import ConfigError
 from apo_megatron.models.build import build_policy_model
 from apo_megatron.models.hf_config import read_architecture
@@ -23,7 +22,7 @@ from apo_megatron.parallel.state import ParallelDims
 from apo_megatron.weights.layouts import Replicated, VocabParallel
 from apo_megatron.weights.table import build_table
 from tests.layout_cases import CASES, LAYOUTS, VOCAB_SIZE, checkpoint, reference, results, unpack
-from tests.tiny_models import Family, make_tiny_model
+from tests.tiny_models import Family, with_config
 
 CPU = torch.device("cpu")
 FP32_CASES = [case for case in CASES if case[2] == "float32"]
@@ -134,77 +133,6 @@ def test_llama3_rotary_frequencies_equal_transformers(factor: float) -> None:
     torch.testing.assert_close(rotary.inv_freq, expected, rtol=1e-6, atol=0)
 
 
-# --- reading config.json ---------------------------------------------------------------------------
-
-
-def _with_config(folder: Path, family: Family = "qwen2", **changes: Any) -> Path:
-    make_tiny_model(folder, family, tokenizer=False)
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
-    return folder
-
-
-@pytest.mark.parametrize("family", ["qwen2", "llama3"])
-def test_old_and_new_rope_keys_read_the_same(tmp_path: Path, family: Family) -> None:
-    old = read_architecture(_with_config(tmp_path / "old", family))
-    config = json.loads((tmp_path / "old" / "config.json").read_text())
-    rope = {"rope_type": "default"} | config.get("rope_scaling", {}) | {"rope_theta": config["rope_theta"]}
-    new = read_architecture(
-        _with_config(
-            tmp_path / "new", family, rope_parameters=rope, rope_theta="absent", rope_scaling="absent"
-        )
-    )
-    assert new == old
-    assert (old.rope_scaling is not None) == (family == "llama3")
-
-
-def test_head_dim_is_read_where_it_is_not_the_quotient(tmp_path: Path) -> None:
-    architecture = read_architecture(_with_config(tmp_path, "qwen3"))
-    assert architecture.head_dim == 24 and architecture.hidden_size // architecture.num_heads == 16
-    assert architecture.qk_norm and not architecture.qkv_bias
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"model_type": "gpt2"}, ["model_type='gpt2'", "llama, mistral, qwen2, qwen3"]),
-        ({"use_sliding_window": True}, ["use_sliding_window=True", "False"]),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope", "yarn", "default or llama3"]),
-        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "silu"]),
-        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
-        ({"num_hidden_layers": "absent"}, ["num_hidden_layers=None", "positive int"]),
-        ({"vocab_size": 0}, ["vocab_size=0", "positive int"]),
-        ({"num_key_value_heads": 3}, ["num_key_value_heads=3", "num_attention_heads=4"]),
-    ],
-)
-def test_unsupported_settings_are_refused(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(ConfigError) as error:
-        read_architecture(_with_config(tmp_path, **changes))
-    for word in [str(tmp_path / "config.json"), *words]:
-        assert word in str(error.value)
-
-
-def test_llama3_scaling_that_megatron_cannot_do_is_refused(tmp_path: Path) -> None:
-    scaling = {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 2.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    with pytest.raises(ConfigError, match="low_freq_factor=1"):
-        read_architecture(_with_config(tmp_path, "llama3", rope_scaling=scaling))
-
-
-def test_model_directory_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not a directory"):
-        read_architecture(tmp_path / "no" / "model")
-    with pytest.raises(ConfigError, match="config.json: missing"):
-        read_architecture(tmp_path)
-
-
 # --- fitting model and mesh ------------------------------------------------------------------------
 
 
@@ -218,14 +146,53 @@ def test_model_directory_that_is_not_there(tmp_path: Path) -> None:
     ],
 )
 def test_mesh_that_cannot_divide_the_model(tmp_path: Path, dims: ParallelDims, words: list[str]) -> None:
-    architecture = read_architecture(_with_config(tmp_path))
+    architecture = read_architecture(with_config(tmp_path))
     with pytest.raises(ConfigError) as error:
         build_transformer_config(architecture, ModelConfig(hf_path=str(tmp_path)), dims, CPU)
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "dims", "words"),
+    [
+        ("qwen2", {}, ParallelDims(2, expert=2), ["expert_parallel_size=2", "qwen2 model has no experts"]),
+        ("qwen3_moe", {}, ParallelDims(4, expert=4), ["expert_parallel_size=4", "num_experts=6"]),
+        ("qwen3_moe", {}, ParallelDims(2, tensor=2), ["tensor_parallel_size=2", "sequence_parallel=true"]),
+        ("qwen3_moe", {}, ParallelDims(3, expert_tensor=3), ["expert_tensor_parallel_size=3", "size=40"]),
+        ("qwen3_moe", {"num_experts_per_tok": 1}, ParallelDims(1), ["num_experts_per_tok=1"]),
+        (
+            "deepseek_v3",
+            {"num_experts_per_tok": 3},
+            ParallelDims(1),
+            ["num_experts_per_tok=3", "topk_group=2"],
+        ),
+    ],
+)
+def test_experts_that_megatron_cannot_run_are_refused(
+    tmp_path: Path, family: Family, changes: dict[str, Any], dims: ParallelDims, words: list[str]
+) -> None:
+    architecture = read_architecture(with_config(tmp_path, family, **changes))
+    with pytest.raises(ConfigError) as error:
+        build_transformer_config(architecture, ModelConfig(hf_path=str(tmp_path)), dims, CPU)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_groups_that_exclude_no_expert_are_left_out(tmp_path: Path) -> None:
+    all_groups = {"topk_group": 4, "num_experts_per_tok": 3}  # which Megatron would rank otherwise
+    architecture = read_architecture(with_config(tmp_path, "deepseek_v3", **all_groups))
+    config = build_transformer_config(architecture, ModelConfig(hf_path=""), ParallelDims(1), CPU)
+    assert config.moe_router_num_groups is None and config.moe_router_group_topk is None
+
+
+def test_expert_axes_must_divide_the_processes() -> None:
+    cfg = ParallelConfig(pipeline_parallel_size=2, expert_parallel_size=2, expert_tensor_parallel_size=2)
+    assert ParallelDims.from_config(cfg, world=8).expert_model == 8
+    with pytest.raises(ConfigError, match="= 8 must divide the 4 processes"):
+        ParallelDims.from_config(cfg, world=4)
+
+
 def test_transformer_engine_is_refused_without_a_gpu(tmp_path: Path) -> None:
-    architecture = read_architecture(_with_config(tmp_path))
+    architecture = read_architecture(with_config(tmp_path))
     cfg = ModelConfig(hf_path=str(tmp_path), transformer_impl="transformer_engine")
     with pytest.raises(ConfigError, match="transformer_impl=transformer_engine needs a GPU"):
         build_policy_model(architecture, cfg, SimpleNamespace(device=CPU))  # type: ignore[arg-type]

@@ -241,6 +241,15 @@ def make_tiny_model(
     return folder
 
 
+def with_config(folder: Path, family: Family = "qwen2", **changes: Any) -> Path:
+    """A tiny model without tokenizer, and with ``changes`` in config.json ("absent": no such key)."""
+    make_tiny_model(folder, family, tokenizer=False)
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+    return folder
+
+
 def write_word_level_tokenizer(folder: Path, vocab_size: int) -> None:
     """A tokenizer of exactly ``vocab_size`` words: ``<pad>``, ``<eos>``, ``w2``, ``w3``, ..."""
     words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, vocab_size))]
