@@ -24,7 +24,7 @@ from apo_megatron.telemetry.metrics import METRICS_FILE, MetricsLogger, check_de
 from apo_megatron.telemetry.progress import Advance, RunDisplay
 from apo_megatron.telemetry.stop_request import StopRequest
 from apo_megatron.training_data import TrainingData
-from apo_megatron.weights.export import export_hf_checkpoint
+from apo_megatron.weights.export import HFExporter
 
 
 class Run:
@@ -46,6 +46,7 @@ class Run:
         self._logger: MetricsLogger | None = None
         self._metrics: Mapping[str, float] = {}  # of the last step
         self._stop_request = StopRequest()
+        self._exporter = HFExporter(cfg.model.hf_path, parallel)
         self._display = RunDisplay(cfg.train.num_steps, parallel.is_main, title)
         barrier(parallel)
 
@@ -78,8 +79,8 @@ class Run:
             checkpointer.save(self._cfg.train.num_steps, self._metrics)
         checkpointer.finish()
         if self._cfg.checkpoint.export_hf:
-            source, hf_path = actor.weight_source(), self._cfg.model.hf_path
-            export_hf_checkpoint(self.folder / "hf", source, hf_path, self._parallel)
+            self._exporter.start(self.folder / "hf", actor.weight_source())
+        self._exporter.finish()
 
     def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
         """Time and show a phase of the step."""
@@ -92,7 +93,7 @@ class Run:
     def finish_step(
         self, step: int, metrics: Mapping[str, float], actor: MegatronActor, checkpointer: Checkpointer
     ) -> None:
-        """Log the metrics of ``step`` (counted from 0), show its line, save where a checkpoint is due.
+        """Log the metrics of ``step`` (counted from 0), show its line, save and export where that is due.
 
         Raises TrainingError after too many updates that were not finite, RunInterrupted after a signal that
         asks to stop; the state is saved before either.
@@ -109,8 +110,13 @@ class Run:
                 folder = checkpointer.save(step + 1, self._metrics)
             else:
                 checkpointer.poll()
+            if self.is_due(self._cfg.checkpoint.export_hf_interval, step):
+                self._exporter.start(self.folder / f"hf_step_{step + 1:06d}", actor.weight_source())
+            else:
+                self._exporter.poll()
             if must_end:
                 checkpointer.finish()
+                self._exporter.finish()
         if has_diverged:
             raise TrainingError(
                 "the last updates had a loss or gradient that is not finite and were skipped "

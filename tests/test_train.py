@@ -13,6 +13,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from apo_megatron.parallel.world import CPUWorld
+from apo_megatron.weights.megatron_to_hf import megatron_to_hf
 from tests.distributed import run_distributed
 from tests.tiny_models import make_tiny_model
 
@@ -72,7 +74,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
             "parallel": {"tensor_parallel_size": 2},
             "optimizer": {"lr": 5e-3},
         },
-        "whole": _rl(folder, "whole", evaluation=evaluation),
+        "whole": _rl(folder, "whole", evaluation=evaluation, checkpoint={"export_hf_interval": 2}),
         "interrupted": _rl(folder, "interrupted", checkpoint={"interval": 2, "resume": "auto"}),
         "unmixed": _rl(folder, "unmixed"),
         "not_finite": _rl(folder, "not_finite", train={"max_skipped_updates": 3}),
@@ -141,6 +143,22 @@ def test_resumed_run_ends_with_the_same_weights(runs: tuple[Path, dict[str, Any]
         torch.testing.assert_close(resumed[name], value, rtol=0, atol=1e-6)
     learning_rates = [row["learning_rate"] for row in _metrics(folder / "whole")]
     assert [row["learning_rate"] for row in rows] == learning_rates
+
+
+def test_exports_on_the_way_are_the_weights_of_their_step(
+    runs: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    exported = [path.name for path in sorted((runs[0] / "whole").glob("hf_step_*"))]
+    assert exported == ["hf_step_000002", "hf_step_000004"]
+    found = _weights(runs[0] / "whole" / exported[0])
+    # The interrupted run took the same steps and saved a checkpoint after the second.
+    checkpoint = runs[0] / "interrupted" / "checkpoints" / "step_000002"
+    megatron_to_hf(checkpoint, tmp_path / "converted", CPUWorld())
+    expected, final = _weights(tmp_path / "converted"), _weights(runs[0] / "whole" / "hf")
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
+    assert any(not torch.equal(found[name], final[name]) for name in found)
 
 
 def test_steps_without_mixed_groups_are_skipped_and_change_nothing(

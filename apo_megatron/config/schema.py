@@ -293,6 +293,9 @@ class CheckpointConfig(Section):
         "never", description="auto: go on from the latest checkpoint (--resume auto)."
     )
     export_hf: bool = Field(True, description="Write run_dir/hf (safetensors, config, tokenizer) at the end.")
+    export_hf_interval: NonNegativeInt = Field(
+        0, description="Write run_dir/hf_step_XXXXXX every so many steps, during the next rollout; 0 = never."
+    )
 
     @rule
     def best_checkpoints_need_a_metric(self) -> str | None:

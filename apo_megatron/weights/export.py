@@ -90,12 +90,3 @@ class HFExporter:
                     writer.write(spec.name, staged.pop(spec.name))  # its memory is free from here on
         if self._parallel.is_main:
             finish_hf_checkpoint(folder, plans, self._config_source)
-
-
-def export_hf_checkpoint(
-    folder: str | Path, source: WeightSource, hf_path: str | Path, parallel: ParallelContext
-) -> None:
-    """Write the current weights to ``folder`` and wait for it. Collective."""
-    exporter = HFExporter(hf_path, parallel)
-    exporter.start(folder, source)
-    exporter.finish()
