@@ -60,19 +60,18 @@ def build_policy_model(
             rope_scaling_factor=llama3.factor if llama3 else 1.0,
             vp_stage=vp_stage,
         )
-        _mark_experts(chunk, config)
+        _mark_experts(chunk)
         chunks.append(chunk.to(parallel.device))
     return chunks
 
 
-def _mark_experts(chunk: torch.nn.Module, config: TransformerConfig) -> None:
-    """Have the gradients of experts summed over the ranks that hold copies of them.
+def _mark_experts(chunk: torch.nn.Module) -> None:
+    """Have experts summed over the ranks that hold copies of them, and updated by an optimizer of their own.
 
-    Megatron marks them so under expert parallelism only, but these are other ranks than those of the dense
-    parameters also where the two tensor axes differ.
+    Megatron marks them so under expert parallelism only. But these are other ranks than those of the dense
+    parameters also where the two tensor axes differ; and a training checkpoint can be loaded in another
+    layout only if that has the same optimizers.
     """
-    if config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
-        return
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = False  # type: ignore[attr-defined]
