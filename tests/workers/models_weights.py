@@ -58,7 +58,7 @@ def check_layouts(payload: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def stored_shards(chunks: list[PolicyModel]) -> tuple[list[tuple[str, Any, Any]], Any]:
-    """(key, shape of the whole, offset) of all that this rank writes into a distributed checkpoint, and it."""
+    """(key, shape of the whole, offset) of all that this rank writes to a distributed checkpoint, and it."""
     shards: list[ShardedTensor] = []
     for chunk in chunks:
         for value in chunk.sharded_state_dict(metadata={"singleton_local_shards": False}).values():
