@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from apo_megatron.files import write_atomically
 
 STATE_FILE = "state.json"
 LATEST_FILE = "latest"
-_NAME = re.compile(r"step_(\d{6,})")
+_NAME = re.compile(r"step_\d{6,}")
+_PROBE_BYTES = 2**20
 
 
 class CheckpointFolder:
@@ -74,11 +76,15 @@ class CheckpointFolder:
     def begin(self, step: int) -> Path:
         """A new folder to write into. What crashes left behind is removed."""
         assert self._latest_name() != self.path(step).name, "a checkpoint that ``latest`` names is replaced"
-        for leftover in self.root.glob(".step_*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self.discard_unfinished()
         # A name of its own: what a killed run may still be writing cannot end up in it.
         partial = self._hidden(self.path(step))
         partial.mkdir(parents=True)
+        # A disk that is full already shows here, before the ranks are in the middle of an exchange.
+        probe = partial / "probe"
+        probe.write_bytes(bytes(_PROBE_BYTES))
+        _sync(probe)
+        probe.unlink()
         return partial
 
     def complete(self, partial: Path, state: CheckpointState) -> Path:
@@ -99,9 +105,11 @@ class CheckpointFolder:
         self._prune()
         return final
 
-    def discard(self, partial: Path) -> None:
-        """Take away a folder that could not be completed."""
-        shutil.rmtree(partial, ignore_errors=True)
+    def discard_unfinished(self) -> None:
+        """Take away, as far as possible, every folder that was not completed, or not removed to the end."""
+        with suppress(OSError):
+            for leftover in self.root.glob(".step_*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _prune(self) -> None:
         if not self._keep_last:

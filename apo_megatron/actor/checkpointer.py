@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -87,10 +88,10 @@ class Checkpointer:
         """
         self.finish()
         if self._newest != step:
-            partial = self._on_main(lambda: self._files.begin(step))
-            with self._discarded_on_error(partial):
-                state, random_state = self._state(step, metrics), get_random_state(self._parallel)
-                self._pending = _Pending(partial, state, random_state, ShardedWrite(self._actor, partial))
+            with self._discarded_on_error(step):
+                partial = self._on_main(lambda: self._files.begin(step))
+            state, random_state = self._state(step, metrics), get_random_state(self._parallel)
+            self._pending = _Pending(partial, state, random_state, ShardedWrite(self._actor, partial))
             if not self._cfg.checkpoint.async_save:
                 self.finish()
         return self._files.path(step)
@@ -106,7 +107,7 @@ class Checkpointer:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        with self._discarded_on_error(pending.partial):
+        with self._discarded_on_error(pending.state.step):
             self._everywhere(lambda: self._write_own_files(pending))
             pending.write.finish()
             self._on_main(lambda: self._files.complete(pending.partial, pending.state))
@@ -170,10 +171,13 @@ class Checkpointer:
         settings = fixed_settings(self._cfg)
         check_resumable(state, folder, settings, set(self._parts), self._reference, max_step)
         read_chunks(folder)  # refuses a .metadata with anything in it but the format: Megatron unpickles it
-        try:
+        try:  # as Megatron does, unless torch is told to unpickle anything
             torch.load(folder / COMMON_FILE, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{folder / COMMON_FILE}: refused: {error}") from error
+        except (UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+            raise CheckpointError(
+                f"{folder / COMMON_FILE}: damaged, or holds more than tensors and plain values "
+                f"({type(error).__name__}): resume an older checkpoint"
+            ) from error
         return folder, state
 
     def _restore_random_state(self, folder: Path) -> None:
@@ -187,12 +191,15 @@ class Checkpointer:
         return folder / "random_state" / f"rank_{self._parallel.rank:05d}.json"
 
     @contextmanager
-    def _discarded_on_error(self, partial: Path) -> Iterator[None]:
+    def _discarded_on_error(self, step: int) -> Iterator[None]:
         try:
             yield
-        except CheckpointError:  # on every rank
-            self._on_main(lambda: self._files.discard(partial))
-            raise
+        except CheckpointError as error:  # on every rank
+            self._on_main(self._files.discard_unfinished)
+            raise CheckpointError(
+                f"{self._files.path(step)} could not be written: {error}. The checkpoints before it are as "
+                "they were: make room or mend the folder, then go on from the latest with --resume auto"
+            ) from error
 
     def _everywhere(self, action: Callable[[], T]) -> list[T]:
         """Call ``action`` on every rank; the results by rank. Where one fails, all raise CheckpointError."""

@@ -7,6 +7,7 @@ need no fork in a process that runs gloo or CUDA, end with the rank, and report 
 from __future__ import annotations
 
 import queue
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -69,7 +70,7 @@ class ShardedWrite:
         for write in self._writes:
             error = write.exception()
             if error is not None:
-                raise CheckpointError(f"{type(error).__name__}: {error}") from error
+                raise CheckpointError(str(_system_error(error))) from error
 
     def finish(self) -> None:
         """Write Megatron's metadata, once ``wait`` has gone well on every rank. Collective."""
@@ -86,7 +87,9 @@ def load_sharded_state(actor: MegatronActor, folder: Path) -> None:
     """
     state = _sharded_state(actor, is_loading=True)
     try:
-        loaded = dist_checkpointing.load(state, str(folder))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # Megatron calls what torch has deprecated
+            loaded = dist_checkpointing.load(state, str(folder))
     except _READ_ERRORS as error:
         raise CheckpointError(f"{folder} cannot be loaded into this model: {_cause(error)}") from error
     for index, chunk in enumerate(actor.model_chunks):
@@ -109,6 +112,9 @@ def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
     state["optimizer"] = actor.optimizer.sharded_state_dict(
         dict(state), is_loading=is_loading, metadata=dict(_SHARDING)
     )
+    for part in (state["optimizer"], *state["optimizer"].values()):  # one optimizer, or several by number
+        if isinstance(part, dict) and "param_state" in part and part["param_state"] is None:
+            del part["param_state"]  # of a rank that gathers nothing; Megatron warns of the difference
     return state
 
 
@@ -147,6 +153,14 @@ def _write_file(transforms: Sequence[Any], index: int, bucket: Any) -> Any:
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
+
+
+def _system_error(error: BaseException) -> BaseException:
+    """What the operating system said, where that is behind ``error``, which is torch's."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return error if cause is None else cause
 
 
 def _cause(error: BaseException) -> str:
