@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.distributed import run_distributed
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import Family, make_tiny_model
 
 PP2_VPP2: dict[str, Any] = {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2}
 DP2: dict[str, Any] = {}
@@ -34,6 +34,15 @@ CASES: list[dict[str, Any]] = [
     {"layout": TP2, "other_layout": DP2, "dtype": "bfloat16", "updates_before": 1},
 ]
 
+EP2: dict[str, Any] = {"expert_parallel_size": 2}
+EXPERT_CASES: list[dict[str, Any]] = [
+    {"layout": EP2, "dtype": "float32", "updates_before": 1},
+    {"layout": EP2 | WHOLE, "dtype": "float32", "updates_before": 0},
+    {"layout": EP2, "other_layout": DP2, "dtype": "float32", "updates_before": 1},
+    {"layout": PP2, "other_layout": EP2, "dtype": "float32", "updates_before": 1},
+    {"layout": DP2 | WHOLE, "other_layout": EP2 | WHOLE, "dtype": "float32", "updates_before": 1},
+]
+
 
 @pytest.fixture
 def payload(tmp_path: Path) -> dict[str, Any]:
@@ -47,9 +56,14 @@ def payload(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_resumed_actor_goes_on_exactly(payload: dict[str, Any]) -> None:
-    results = run_distributed(2, "tests.workers.checkpoints:save_and_resume", payload | {"cases": CASES})[0]
-    for case, result in zip(CASES, results, strict=True):
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_resumed_actor_goes_on_exactly(payload: dict[str, Any], tmp_path: Path, family: Family) -> None:
+    cases = CASES
+    if family == "qwen3_moe":
+        cases = EXPERT_CASES
+        payload["model_path"] = str(make_tiny_model(tmp_path / "experts", family, vocab_size=101))
+    results = run_distributed(2, "tests.workers.checkpoints:save_and_resume", payload | {"cases": cases})[0]
+    for case, result in zip(cases, results, strict=True):
         same = "other_layout" not in case
         assert result["same_layout"] == same
         assert result["same_draw"] == same, case

@@ -26,13 +26,15 @@ def initialise_adam_state(optimizer: MegatronOptimizer) -> None:
             state.setdefault("step", torch.tensor(0.0))
 
 
-def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
     """``optimizer.load_state_dict(loaded)`` that brings torch's step counters back, too."""
+    every_part = _parts(optimizer)
+    states = [loaded] if len(every_part) == 1 else [loaded[number] for number in range(len(every_part))]
+    for part, state in zip(every_part, states, strict=True):
+        # Where the optimizer is not distributed Megatron leaves a step of 0 out.
+        if isinstance(part.optimizer, torch.optim.Adam) and not isinstance(part, DistributedOptimizer):
+            state.get("optimizer", state)["state"].setdefault("common_step", torch.tensor(0.0))
     parts = _torch_adam_optimizers(optimizer)
-    for part in parts:
-        if not isinstance(part, DistributedOptimizer):  # Megatron leaves a step of 0 out there
-            adam_state = loaded.get("optimizer", loaded)["state"]
-            adam_state.setdefault("common_step", torch.tensor(0.0))
     with _steps_kept(parts):
         optimizer.load_state_dict(loaded)
     for part in parts:
@@ -41,9 +43,13 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -
             state["step"] = state["step"].clone()
 
 
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """Experts have an optimizer of their own; Megatron numbers the states of several."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def _torch_adam_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in parts if isinstance(part.optimizer, torch.optim.Adam)]
+    return [part for part in _parts(optimizer) if isinstance(part.optimizer, torch.optim.Adam)]
 
 
 @contextmanager

@@ -170,7 +170,7 @@ def _save_and_resume(payload: dict[str, Any], case: dict[str, Any], index: int) 
         update(payload, actor, step)
     actor.consecutive_skips = 2
     checkpointer.save(start, {"loss": 1.5})
-    drawn, saved = _draw(), parameters(actor)
+    drawn, saved, digest = _draw(), parameters(actor), weights_digest(actor.weight_source(), actor.parallel)
     for step in range(start, start + UPDATES_AFTER):
         update(payload, actor, step)
         data.count += 1
@@ -186,6 +186,7 @@ def _save_and_resume(payload: dict[str, Any], case: dict[str, Any], index: int) 
         2,
     )
     same_draw, difference_loaded = _draw() == drawn, _difference(parameters(resumed), saved)
+    assert weights_digest(resumed.weight_source(), resumed.parallel) == digest, case
     for step in range(start, start + UPDATES_AFTER):
         update(payload, resumed, step)
     return {
