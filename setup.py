@@ -18,6 +18,7 @@ INSTALL_REQUIRES = [
     "numpy>=2",
     "pydantic>=2.7,<3",
     "pyyaml>=6",
+    "xxhash>=3.5",
     "psutil>=5.9",  # megatron-core does not declare it, and its checkpoint writers cannot work without it
     "rich>=13",
     "tensorboard>=2.16",
@@ -52,6 +53,9 @@ setup(
             "apo-train = apo_megatron.train:main",
             "apo-sft = apo_megatron.sft:main",
             "apo-eval = apo_megatron.evaluate:main",
+            "apo-hf-to-megatron = checkpoints_convert.hf_to_megatron:main",
+            "apo-megatron-to-hf = checkpoints_convert.megatron_to_hf:main",
+            "apo-verify = checkpoints_convert.verify:main",
         ]
     },
 )

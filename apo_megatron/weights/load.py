@@ -1,8 +1,9 @@
-"""Hugging Face weights into this rank's part of the model."""
+"""Weights from a checkpoint, of Hugging Face or of Megatron, into this rank's part of the model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -10,10 +11,12 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.nn import Module
 
+from apo_megatron.errors import CheckpointError
 from apo_megatron.models.hf_config import resolve_model_path
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.weights.architecture import Architecture
 from apo_megatron.weights.completeness import check_checkpoint
+from apo_megatron.weights.megatron_source import MegatronSource
 from apo_megatron.weights.rules import WeightEntry
 from apo_megatron.weights.safetensors_io import SafetensorsReader
 from apo_megatron.weights.table import WeightTable, build_table, with_global_numbers
@@ -76,4 +79,37 @@ def load_hf_weights(
         with torch.no_grad():
             for entry, weight in mine:
                 full: list[Tensor] = [reader.tensor(name) for name in entry.hf_names]
+                weight.copy_(entry.to_megatron(full, *shard_of(entry, parallel)))
+
+
+def load_megatron_weights(
+    model_chunks: Sequence[Module],
+    architecture: Architecture,
+    megatron_path: str | Path,
+    parallel: ParallelContext,
+) -> None:
+    """Fill every weight of this rank from a Megatron checkpoint of any layout, converting to its dtype.
+
+    The checkpoint is one that was converted, or one of a training run. Rows that pad the vocabulary are
+    zero. Everything is checked before a byte is copied: raises CheckpointError where the checkpoint is
+    damaged, not complete or of another model than ``architecture``.
+    """
+    table = table_of(model_chunks, architecture)
+    with MegatronSource(megatron_path) as source:
+        if source.architecture != architecture:
+            differing = [
+                f"{field.name}: {getattr(source.architecture, field.name)} there, "
+                f"{getattr(architecture, field.name)} here"
+                for field in fields(Architecture)
+                if getattr(source.architecture, field.name) != getattr(architecture, field.name)
+            ]
+            raise CheckpointError(f"{megatron_path} is of another model than model.hf_path: {differing}")
+        stored = {entry.hf_names: entry for entry in source.entries}  # a tied output layer has none
+        mine = list(named_entries(model_chunks, table, parallel))
+        for entry, weight in mine:
+            entry.check_local_shape(tuple(weight.shape), shard_of(entry, parallel)[1])
+        with torch.no_grad():
+            for entry, weight in mine:
+                whole = stored[entry.hf_names]
+                full = [tensor for _, tensor in whole.to_hf([source.read(whole)])]
                 weight.copy_(entry.to_megatron(full, *shard_of(entry, parallel)))
