@@ -72,6 +72,14 @@ def test_resumed_actor_goes_on_exactly(payload: dict[str, Any], tmp_path: Path, 
             assert result["difference_after"] <= (0.0 if same else 1e-5), (case, result)
 
 
+@pytest.mark.gpu
+def test_a_resumed_actor_on_the_gpu_starts_from_the_state_of_the_save(payload: dict[str, Any]) -> None:
+    cases = [{"layout": DP2, "dtype": "bfloat16", "updates_before": 1, "async_save": True}]
+    payload["cases"] = cases
+    (result,) = run_distributed(1, "tests.workers.checkpoints:save_and_resume", payload, use_gpu=True)[0]
+    assert result["same_draw"] and result["difference_loaded"] == 0.0
+
+
 def test_what_is_written_in_the_background_is_the_state_of_the_save(payload: dict[str, Any]) -> None:
     layouts = {"whole": WHOLE, "distributed": DP2}
     results = run_distributed(
