@@ -36,7 +36,7 @@ from apo_megatron.parallel.collectives import any_rank, broadcast_from_last_stag
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.parallel.vocab import VocabShard
 from apo_megatron.types import MicroBatch
-from apo_megatron.weights.load import load_hf_weights
+from apo_megatron.weights.load import load_hf_weights, load_megatron_weights
 from apo_megatron.weights.source import WeightSource
 
 
@@ -61,7 +61,10 @@ class MegatronActor:
         self.micro_batch_size = micro_batch_size
         dtype = TORCH_DTYPES[model_cfg.dtype]
         models = build_policy_model(self.architecture, model_cfg, parallel)
-        load_hf_weights(models, self.architecture, model_cfg.hf_path, parallel)
+        if model_cfg.megatron_path is None:
+            load_hf_weights(models, self.architecture, model_cfg.hf_path, parallel)
+        else:
+            load_megatron_weights(models, self.architecture, model_cfg.megatron_path, parallel)
         self.config = models[0].config
         ddp_cfg = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.dims.distributed_optimizer

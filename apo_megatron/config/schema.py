@@ -25,9 +25,12 @@ _ROUNDING = 1e-9
 
 
 class ModelConfig(Section):
-    """The policy: architecture and initial weights come from one Hugging Face directory."""
+    """The policy: architecture, tokenizer and initial weights."""
 
     hf_path: str = Field(description="Directory (or hub id) with config.json, safetensors and tokenizer.")
+    megatron_path: str | None = Field(
+        None, description="Converted checkpoint to take the weights from; hf_path then gives the rest."
+    )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Parameter and compute dtype.")
     transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
         "auto", description="Layer implementation; auto takes TransformerEngine on a GPU that has it."
@@ -421,6 +424,16 @@ class EvalConfig(Section):
     reward: RewardConfig = RewardConfig()
     prompt_field: str = Field("prompt", description="Column of the problems with the prompt text.")
     output_path: str = Field("evaluation.json", description="Where the result goes (JSON).")
+
+    @rule
+    def weights_are_those_of_hf_path(self) -> str | None:
+        """`model.megatron_path` must be null: convert the checkpoint with apo-megatron-to-hf first."""
+        if self.model.megatron_path is not None:
+            return (
+                f"model.megatron_path={self.model.megatron_path}: evaluation reads the Hugging Face format; "
+                "convert the checkpoint with apo-megatron-to-hf and name the result as model.hf_path"
+            )
+        return None
 
     @rule
     def problems_are_named(self) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -94,16 +94,9 @@ def load_megatron_weights(
     zero. Everything is checked before a byte is copied: raises CheckpointError where the checkpoint is
     damaged, not complete or of another model than ``architecture``.
     """
-    table = table_of(model_chunks, architecture)
     with MegatronSource(megatron_path) as source:
-        if source.architecture != architecture:
-            differing = [
-                f"{field.name}: {getattr(source.architecture, field.name)} there, "
-                f"{getattr(architecture, field.name)} here"
-                for field in fields(Architecture)
-                if getattr(source.architecture, field.name) != getattr(architecture, field.name)
-            ]
-            raise CheckpointError(f"{megatron_path} is of another model than model.hf_path: {differing}")
+        _check_same_model(source, architecture)
+        table = table_of(model_chunks, architecture)
         stored = {entry.hf_names: entry for entry in source.entries}  # a tied output layer has none
         mine = list(named_entries(model_chunks, table, parallel))
         for entry, weight in mine:
@@ -113,3 +106,15 @@ def load_megatron_weights(
                 whole = stored[entry.hf_names]
                 full = [tensor for _, tensor in whole.to_hf([source.read(whole)])]
                 weight.copy_(entry.to_megatron(full, *shard_of(entry, parallel)))
+
+
+def _check_same_model(source: MegatronSource, architecture: Architecture) -> None:
+    there, here = asdict(source.architecture), asdict(architecture)
+    differing = [
+        f"{name}: {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{source.folder} is of another model than model.hf_path ({'; '.join(differing)}): name the "
+            "model that it was converted from, or convert the other"
+        )
