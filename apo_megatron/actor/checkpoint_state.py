@@ -113,8 +113,8 @@ def check_resumable(
     if state.reference != reference:
         raise CheckpointError(
             f"{folder} was trained against reference weights with the digest {state.reference}, those of "
-            f"model.hf_path have {reference}: the model there has changed since the run began. Restore it, "
-            "or start anew in another train.run_dir"
+            f"model.hf_path (or model.megatron_path) have {reference}: the model there has changed since the "
+            "run began. Restore it, or start anew in another train.run_dir"
         )
     if state.step > max_step:
         raise CheckpointError(
