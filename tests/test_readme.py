@@ -26,7 +26,7 @@ CONFIG_CLASSES: dict[str, Any] = {
 
 
 def _commands(first_word: str) -> list[list[str]]:
-    lines = re.findall(rf"^    ({first_word} .*)$", README, re.MULTILINE)
+    lines = re.findall(rf"^    ({first_word} .*)$", README.replace("\\\n", " "), re.MULTILINE)
     return [shlex.split(line.split("  #")[0].split(" [")[0]) for line in lines]
 
 
@@ -48,6 +48,20 @@ def test_scripts_modules_and_configurations_exist() -> None:
         assert find_spec(module) is not None, command
         if module in CONFIG_CLASSES:
             load_config(CONFIG_CLASSES[module], ROOT / command[command.index("--config") + 1])
+
+
+def test_console_scripts_exist_and_know_their_options() -> None:
+    scripts = dict(re.findall(r'"(apo-[\w-]+) = ([\w.]+):main"', (ROOT / "setup.py").read_text()))
+    commands = [*_commands(r"apo-[\w-]+"), *_commands("torchrun")]
+    seen = set()
+    for command in commands:
+        module = scripts.get(command[0]) or command[command.index("-m") + 1]
+        source = Path(ROOT, *module.split(".")).with_suffix(".py").read_text()
+        if module.startswith("checkpoints_convert"):
+            seen.add(module)
+            options = [word for word in command[1:] if re.match(r"--(hf|megatron|logits)", word)]
+            assert options and all(f'"{option}"' in source for option in options), command
+    assert len(seen) == 3
 
 
 def test_overrides_of_the_text_are_accepted() -> None:
