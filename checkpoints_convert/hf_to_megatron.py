@@ -38,8 +38,8 @@ def convert(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     world = join_cpu_world()
     with ByteProgress("hf -> megatron", world) as progress:
-        hf_to_megatron(options.hf_path, options.megatron_path, world, options.overwrite, progress)
-        progress.done(f"wrote {options.megatron_path}")
+        num_bytes = hf_to_megatron(options.hf_path, options.megatron_path, world, options.overwrite, progress)
+        progress.done(f"wrote {options.megatron_path}", num_bytes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -51,7 +51,7 @@ def convert(argv: Sequence[str]) -> None:
         raise ConfigError(f"--max-shard-size-gb={options.max_shard_size_gb}: a positive number expected")
     world = join_cpu_world()
     with ByteProgress("megatron -> hf", world) as progress:
-        megatron_to_hf(
+        num_bytes = megatron_to_hf(
             options.megatron_path,
             options.hf_path,
             world,
@@ -61,7 +61,7 @@ def convert(argv: Sequence[str]) -> None:
             overwrite=options.overwrite,
             progress=progress,
         )
-        progress.done(f"wrote {options.hf_path}")
+        progress.done(f"wrote {options.hf_path}", num_bytes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

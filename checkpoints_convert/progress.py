@@ -48,11 +48,11 @@ class ByteProgress:
             size = f"{self._done / 1e9:.1f} of {total_bytes / 1e9:.1f} GB"
             self._print(f"{self._title}: {size} | {rate} | {duration(left)} left")
 
-    def done(self, what: str) -> None:
-        """The line that stays."""
+    def done(self, what: str, num_bytes: int) -> None:
+        """The line that stays; ``num_bytes`` of all ranks."""
         seconds = monotonic() - self._started
-        rate = self._done / max(seconds, 1e-9) / 1e9
-        self._print(f"{what}: {self._done / 1e9:.2f} GB in {seconds:.1f} s ({rate:.2f} GB/s)")
+        rate = num_bytes / max(seconds, 1e-9) / 1e9
+        self._print(f"{what}: {num_bytes / 1e9:.2f} GB in {seconds:.2f} s ({rate:.2f} GB/s)")
 
     def _print(self, text: str) -> None:
         if self._console is not None:

@@ -162,7 +162,7 @@ def test_a_file_cut_while_it_is_read_is_noticed(tmp_path: Path) -> None:
     with SafetensorsReader(folder) as reader:
         with (folder / "model.safetensors").open("rb+") as file:
             file.truncate(1000)
-        with pytest.raises(CheckpointError, match="ended while .* was read"):
+        with pytest.raises(CheckpointError, match="ended before"):
             reader.read(reader.names()[-1])
 
 

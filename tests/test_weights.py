@@ -49,6 +49,9 @@ def test_layout_round_trip_is_exact(layout: Layout, tp_size: int) -> None:
     full = [torch.randn(shape) for shape in layout.hf_shapes]
     for size in {1, tp_size}:
         shards = [layout.to_megatron(full, rank, size) for rank in range(size)]
+        if size == 1:
+            pieces = [piece.flatten() for piece in layout.pieces(full)]
+            assert torch.equal(torch.cat(pieces), shards[0].flatten())
         assert all(tuple(shard.shape) == layout.local_shape(size) for shard in shards)
         for before, after in zip(full, layout.to_hf(shards), strict=True):
             assert torch.equal(before, after)

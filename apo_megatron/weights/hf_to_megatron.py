@@ -31,12 +31,12 @@ def hf_to_megatron(
     world: World,
     overwrite: bool = False,
     progress: Progress = no_progress,
-) -> None:
+) -> int:
     """Write the checkpoint at ``hf_path`` (directory or hub id) as a Megatron checkpoint. Collective.
 
-    Everything that can be checked without reading tensors is checked first: raises ConfigError,
-    WeightMappingError or CheckpointError where the source is not a complete checkpoint of a supported model
-    or the target cannot take it. ``megatron_path`` appears complete or not at all.
+    Returns the bytes of the weights. What can be checked without reading tensors is checked first: raises
+    ConfigError, WeightMappingError or CheckpointError where the source is not a complete checkpoint of a
+    supported model or the target cannot take it. ``megatron_path`` appears complete or not at all.
     """
     source, target = resolve_model_path(hf_path), Path(megatron_path)
     architecture = read_architecture(source)
@@ -61,6 +61,7 @@ def hf_to_megatron(
                 (folder / HF_FOLDER).mkdir()
                 copy_model_files(source, folder / HF_FOLDER)
                 write_metadata(folder, [chunk for chunks, _ in written for chunk in chunks])
+    return sum(sizes)
 
 
 def _stream(
@@ -74,20 +75,16 @@ def _stream(
     """Write the parameters of one rank, and fill in what was read."""
 
     def read(group: tuple[WeightEntry, int]) -> list[Tensor]:
-        tensors = []
-        for name in group[0].hf_names:
+        entry, tensors = group[0], []
+        for name in entry.hf_names:
             tensors.append(reader.read(name))
-            records[name] = _record(tensors[-1], group[0])
-        return tensors
-
-    def cost(group: tuple[WeightEntry, int]) -> int:
-        entry, num_bytes = group
-        return num_bytes * min(len(entry.hf_names), 2)  # making one of several is a copy of all
+            records[name] = _record(tensors[-1], entry)
+        return entry.layout.pieces(tensors)
 
     total = sum(num_bytes for _, num_bytes in groups)
-    with closing(read_ahead(groups, read, cost, max_bytes)) as results:
+    with closing(read_ahead(groups, read, lambda group: group[1], max_bytes)) as results:
         for entry, num_bytes in groups:
-            writer.write(entry.stored, entry.to_megatron(next(results), 0, 1))
+            writer.write(entry.stored, entry.local_shape(1), next(results))
             progress(num_bytes, total)
 
 

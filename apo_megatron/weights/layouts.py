@@ -38,6 +38,10 @@ class Layout(ABC):
     def to_megatron(self, hf_tensors: Sequence[Tensor], tp_rank: int, tp_size: int) -> Tensor:
         """The shard of ``tp_rank``, shaped ``local_shape(tp_size)``; may share memory with the input."""
 
+    def pieces(self, hf_tensors: Sequence[Tensor]) -> list[Tensor]:
+        """``to_megatron`` for one rank, in pieces that follow each other in it: a writer needs no copy."""
+        return [self.to_megatron(hf_tensors, 0, 1)]
+
     @abstractmethod
     def to_hf(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """Full tensors, shaped ``hf_shapes``, from all shards in rank order; may share memory with them."""
@@ -145,6 +149,10 @@ class FusedQKV(Layout):
         ]
         return torch.cat(parts, dim=1).flatten(0, 2)
 
+    def pieces(self, hf_tensors: Sequence[Tensor]) -> list[Tensor]:
+        groups = zip(*(tensor.chunk(self.num_kv_heads) for tensor in hf_tensors), strict=True)
+        return [part for group in groups for part in group]
+
     def to_hf(self, shards: Sequence[Tensor]) -> list[Tensor]:
         groups = self.num_kv_heads // len(shards)
         split = [
@@ -174,6 +182,9 @@ class FusedGateUp(Layout):
 
     def to_megatron(self, hf_tensors: Sequence[Tensor], tp_rank: int, tp_size: int) -> Tensor:
         return torch.cat([_part(tensor, 0, tp_rank, tp_size) for tensor in hf_tensors])
+
+    def pieces(self, hf_tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(hf_tensors)
 
     def to_hf(self, shards: Sequence[Tensor]) -> list[Tensor]:
         gates_and_ups = zip(*(shard.chunk(2) for shard in shards), strict=True)

@@ -39,12 +39,13 @@ def megatron_to_hf(
     config_from: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
-) -> None:
+) -> int:
     """Write a Megatron checkpoint, converted or from training, as a Hugging Face checkpoint. Collective.
 
-    ``dtype`` None keeps every tensor's own. A tensor of a converted checkpoint that is not what was converted
-    (by the digests of its manifest) is a CheckpointError. Everything else is checked before tensors are read:
-    raises ConfigError or CheckpointError. ``hf_path`` appears complete or not at all.
+    Returns the bytes of the weights. ``dtype`` None keeps every tensor's own. A tensor of a converted
+    checkpoint that is not what was converted (by the digests of its manifest) is a CheckpointError.
+    Everything else is checked before tensors are read: raises ConfigError or CheckpointError. ``hf_path``
+    appears complete or not at all.
     """
     target = Path(hf_path)
     with MegatronSource(megatron_path, config_from) as source:
@@ -58,15 +59,16 @@ def megatron_to_hf(
         max_bytes = memory_bound(group.num_bytes for group in groups)
         total = sum(group.num_bytes for group in mine)
         with written_aside(target, world) as folder:
-            results = read_ahead(mine, lambda g: source.read(g.entry), lambda g: g.cost, max_bytes)
+            results = read_ahead(mine, lambda g: _read(source, g.entry, dtype), lambda g: g.cost, max_bytes)
             with closing(results):
                 for plan in my_plans:
                     with ShardWriter(folder / plan.file, plan) as writer:
                         for group in by_plan[plan.file]:
-                            _write(source, writer, group.entry, next(results), dtype)
+                            writer.write_all(next(results))
                             progress(group.num_bytes, total)
             if world.is_main:
                 finish_hf_checkpoint(folder, plans, source.config_dir)
+    return num_bytes
 
 
 def _group(source: MegatronSource, entry: WeightEntry, dtype: torch.dtype | None) -> _Group:
@@ -89,14 +91,14 @@ def _by_plan(plans: Sequence[ShardPlan], groups: Sequence[_Group]) -> dict[str, 
     return by_plan
 
 
-def _write(
-    source: MegatronSource, writer: ShardWriter, entry: WeightEntry, whole: Tensor, dtype: torch.dtype | None
-) -> None:
-    for name, tensor in entry.to_hf([whole]):
+def _read(source: MegatronSource, entry: WeightEntry, dtype: torch.dtype | None) -> list[tuple[str, Tensor]]:
+    """The Hugging Face tensors of a parameter, compared with the manifest. Raises CheckpointError."""
+    tensors = entry.to_hf([source.read(entry)])
+    for name, tensor in tensors:
         if source.manifest is not None and digest(tensor) != source.manifest.tensors[name].digest:
             raise CheckpointError(
                 f"{source.folder}: {name} (in {entry.stored.key} at {list(entry.stored.index)}) is not what "
                 "was converted: its digest differs from the manifest's. The checkpoint is damaged; convert "
                 "it anew from its source"
             )
-        writer.write(name, tensor if dtype is None else tensor.to(dtype))
+    return [(name, tensor if dtype is None else tensor.to(dtype)) for name, tensor in tensors]

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from apo_megatron.errors import CheckpointError
+from apo_megatron.weights.mapped_file import map_tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -36,8 +37,8 @@ class _Location:
 class SafetensorsReader:
     """Names, shapes and tensors of a checkpoint directory.
 
-    Headers of all files are read and checked at once. ``tensor`` maps bytes from disk, so slicing reads the
-    slice; ``read`` reads all of them into memory. Use as a context manager. Reading may be done by another
+    Headers of all files are read and checked at once. ``tensor`` reads what is touched, so slicing reads
+    the slice; ``read`` reads all of it at once. Use as a context manager. Reading may be done by another
     thread.
 
     Raises CheckpointError, naming the file, where files are missing, truncated or contradict the index.
@@ -124,24 +125,19 @@ class SafetensorsReader:
         return self._handles[self._location(name).file].get_tensor(name)
 
     def read(self, name: str) -> Tensor:
-        """A copy of a tensor that ``weight_dtype`` accepts. Raises CheckpointError where bytes are missing.
+        """A tensor that ``weight_dtype`` accepts, in memory only as long as it is used (``map_tensor``).
 
-        Pages that are mapped count as memory of the process for as long as the file is open; what is read
-        here is gone with the tensor.
+        ``tensor`` maps whole files, which stay in memory as far as they were touched. Raises CheckpointError
+        where bytes are missing.
         """
         location, dtype = self._location(name), self.weight_dtype(name)
-        content = torch.empty(location.num_bytes, dtype=torch.uint8)
-        buffer = content.numpy().data
         descriptor = self._descriptor(location.file)
-        done = 0
-        while done < location.num_bytes:
-            count = os.preadv(descriptor, [buffer[done:]], location.offset + done)
-            if count == 0:
-                raise CheckpointError(
-                    f"{self.folder / location.file}: ended while {name} was read: the file has changed"
-                )
-            done += count
-        return content.view(dtype).view(location.shape)
+        try:
+            return map_tensor(descriptor, location.offset, location.num_bytes, dtype, location.shape)
+        except EOFError as error:
+            raise CheckpointError(
+                f"{self.folder / location.file}: ended before {name} ({error}): the file has changed"
+            ) from None
 
     def _descriptor(self, file: str) -> int:
         if file not in self._descriptors:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from apo_megatron.weights.durable_file import DurableFile
 from apo_megatron.weights.layouts import Shape
 from apo_megatron.weights.safetensors_io import SINGLE_FILE, WEIGHT_DTYPES
 
@@ -94,40 +94,25 @@ class ShardWriter:
     """Writes one planned file; its tensors may come in any order. Use as a context manager.
 
     Leaving the block without an error makes the file durable, and fails (AssertionError) where a tensor of
-    the plan was not written. OSError, with the file's name, where the disk is full or cannot be written.
+    the plan was not written. Raises OSError, with the file's name, where the disk is full.
     """
 
     def __init__(self, path: str | Path, plan: ShardPlan) -> None:
-        self.path = Path(path)
         self._specs = {spec.name: spec for spec in plan.specs}
         self._offsets = dict(_offsets(plan))
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self._write(plan.header, 0)
+        self._file = DurableFile(Path(path))
+        self._file.write([plan.header], 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor of the plan, from any device; each exactly once."""
         spec, offset = self._specs[name], self._offsets.pop(name)
         assert tuple(tensor.shape) == spec.shape and tensor.dtype == spec.dtype, (name, tensor.shape, spec)
-        self._write(tensor_bytes(tensor), offset)
+        self._file.write([tensor_bytes(tensor)], offset)
 
-    def close(self) -> None:
-        """Make the file durable."""
-        assert not self._offsets, f"{self.path}: never written: {sorted(self._offsets)[:5]}"
-        descriptor, self._descriptor = self._descriptor, -1
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def _write(self, content: bytes | memoryview, offset: int) -> None:
-        rest = memoryview(content)
-        try:
-            while rest:
-                count = os.pwrite(self._descriptor, rest, offset)
-                rest, offset = rest[count:], offset + count
-        except OSError as error:
-            error.filename = str(self.path)
-            raise
+    def write_all(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """``write`` each of them."""
+        for name, tensor in tensors:
+            self.write(name, tensor)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -135,10 +120,8 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            os.close(self._descriptor)
+        self._file.__exit__(kind, error, traceback)
+        assert kind is not None or not self._offsets, f"never written: {sorted(self._offsets)[:5]}"
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -1,27 +1,26 @@
 """Tensors of a Megatron distributed checkpoint, read and written one by one, without Megatron.
 
-torch's own writer keeps every tensor until its file is complete, and its reader copies what it has read into
-a second tensor: neither can work within a bound on memory.
+torch's own writer keeps every tensor until its file is complete, which no bound on memory allows, and its
+reader copies everything twice.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, cast
 
 import torch
 from torch import Tensor
 
 from apo_megatron.errors import CheckpointError
+from apo_megatron.weights.durable_file import DurableFile
 from apo_megatron.weights.layouts import Shape
 from apo_megatron.weights.rules import StoredTensor
+from apo_megatron.weights.safetensors_writer import tensor_bytes
+from apo_megatron.weights.torch_archive import ArchiveError, map_saved_tensor, saved_around
 from apo_megatron.weights.torch_dist_format import Chunk, box_of, read_chunks
 
 
@@ -29,29 +28,24 @@ class TorchDistWriter:
     """Appends tensors to one file of a checkpoint; each rank has its own. Use as a context manager.
 
     Leaving the block without an error makes the file durable. Raises OSError, with the file's name, where
-    the disk is full or cannot be written.
+    the disk is full.
     """
 
     def __init__(self, path: Path) -> None:
         self.chunks: list[Chunk] = []  # what was written, for write_metadata
-        self._path = path
-        self._file = path.open("xb")
+        self._file = DurableFile(path)
+        self._end = 0
 
-    def write(self, stored: StoredTensor, tensor: Tensor) -> None:
-        """Write one whole parameter."""
-        start, shape = box_of(stored, tuple(tensor.shape))
-        content = tensor.detach().reshape(shape)
-        if content.untyped_storage().nbytes() != content.nbytes:  # else all that it looks into is saved
-            content = content.clone()
-        offset = self._file.tell()
-        try:
-            with _without_checksums():
-                torch.save(content, self._file)
-        except OSError as error:
-            error.filename = str(self._path)
-            raise
-        num_bytes = self._file.tell() - offset
-        self.chunks.append(Chunk(stored.key, start, shape, tensor.dtype, self._path.name, offset, num_bytes))
+    def write(self, stored: StoredTensor, shape: Shape, pieces: Sequence[Tensor]) -> None:
+        """Write one whole parameter: the values of all ``pieces``, which have one dtype, in a row."""
+        start, chunk_shape = box_of(stored, shape)
+        dtype, begin = pieces[0].dtype, self._end
+        before, num_bytes, after = saved_around(chunk_shape, dtype)
+        content = [tensor_bytes(piece) for piece in pieces]
+        assert sum(map(len, content)) == num_bytes, (stored, shape, num_bytes)
+        self._end = self._file.write([before, *content, after], begin)
+        name = self._file.path.name
+        self.chunks.append(Chunk(stored.key, start, chunk_shape, dtype, name, begin, self._end - begin))
 
     def __enter__(self) -> TorchDistWriter:
         return self
@@ -59,10 +53,7 @@ class TorchDistWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._file:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+        self._file.__exit__(kind, error, traceback)
 
 
 class TorchDistReader:
@@ -128,7 +119,10 @@ class TorchDistReader:
             raise CheckpointError(f"{path}: {problem}, for {chunk.key}; copy or write the checkpoint again")
 
     def read(self, stored: StoredTensor, shape: Shape) -> Tensor:
-        """The parameter that ``check`` accepted. Raises CheckpointError where its bytes are damaged."""
+        """The parameter that ``check`` accepted; it may be mapped from the file.
+
+        Raises CheckpointError where its bytes are damaged.
+        """
         start, wanted = box_of(stored, shape)
         chunks = [chunk for chunk in self._chunks_of(stored) if _overlap(chunk, start, wanted)]
         if len(chunks) == 1:
@@ -153,20 +147,17 @@ class TorchDistReader:
 
     def _load(self, chunk: Chunk) -> Tensor:
         try:
-            part = cast(BinaryIO, _FilePart(self._descriptor(chunk), chunk))
-            tensor = torch.load(part, map_location="cpu", weights_only=True)
-        # All that torch.load raises over damaged bytes.
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError) as error:
+            tensor = map_saved_tensor(self._descriptor(chunk), chunk.offset, chunk.num_bytes)
+        except (ArchiveError, EOFError) as error:
             raise self._damaged(chunk, str(error)) from None
-        is_right = isinstance(tensor, Tensor) and tuple(tensor.shape) == chunk.shape
-        if not is_right or tensor.dtype != chunk.dtype:
-            raise self._damaged(chunk, f"not a {chunk.dtype} tensor of the shape {list(chunk.shape)}")
+        if tuple(tensor.shape) != chunk.shape or tensor.dtype != chunk.dtype:
+            raise self._damaged(chunk, f"{tensor.dtype} {list(tensor.shape)} instead of {list(chunk.shape)}")
         return tensor
 
     def _damaged(self, chunk: Chunk, problem: str) -> CheckpointError:
         return CheckpointError(
             f"{self.folder / chunk.file}: {chunk.key} at byte {chunk.offset} cannot be read "
-            f"({problem.splitlines()[0] if problem else 'damaged'}): the file is damaged"
+            f"({problem}): the file is damaged"
         )
 
     def _descriptor(self, chunk: Chunk) -> int:
@@ -177,39 +168,6 @@ class TorchDistReader:
     def close(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
-
-
-class _FilePart(io.RawIOBase):
-    """A chunk's bytes as a file of their own."""
-
-    def __init__(self, descriptor: int, chunk: Chunk) -> None:
-        super().__init__()
-        self._descriptor, self._start, self._size = descriptor, chunk.offset, chunk.num_bytes
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
-        room = memoryview(buffer).cast("B")[: max(0, self._size - self._position)]
-        done = 0
-        while done < len(room):
-            count = os.preadv(self._descriptor, [room[done:]], self._start + self._position)
-            if count == 0:
-                break
-            done, self._position = done + count, self._position + count
-        return done
 
 
 def _end(chunk: Chunk) -> Shape:
@@ -231,14 +189,3 @@ def _slices(origin: Shape, start: Shape, shape: Shape) -> tuple[slice, ...]:
 
 def _numel(shape: Shape) -> int:
     return torch.Size(shape).numel()
-
-
-@contextmanager
-def _without_checksums() -> Iterator[None]:
-    """torch.save without the checksums that torch.load never looks at: they halve its speed."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
