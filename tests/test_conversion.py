@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from apo_megatron.errors import CheckpointError, WeightMappingError
+from apo_megatron.errors import CheckpointError, ConfigError, WeightMappingError
+from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.parallel.world import CPUWorld
 from apo_megatron.weights.hf_to_megatron import hf_to_megatron
 from apo_megatron.weights.megatron_to_hf import megatron_to_hf
@@ -35,6 +37,11 @@ def _assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def _change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.fixture
@@ -227,3 +234,82 @@ def test_verify_compares_logits(converted: tuple[Path, Path], tmp_path: Path) ->
         assert result["exit_code"] == 0
         assert result["same"]["agrees"] and result["same"]["difference"] > 0
         assert not result["changed"]["agrees"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {"sliding_window": 16}),
+        ("qwen3", {"rope_scaling": {"type": "yarn", "factor": 4.0}, "hidden_act": "gelu"}),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy", "rms_norm_eps": 1e-5}),
+    ],
+)
+def test_what_only_changes_the_computation_is_converted(
+    tmp_path: Path, family: Family, changes: dict[str, Any]
+) -> None:
+    source = make_tiny_model(tmp_path / "source", family)
+    _change_config(source, **changes)
+    with pytest.raises(ConfigError):
+        read_architecture(source)
+    hf_to_megatron(source, tmp_path / "megatron", ONE)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", ONE)
+    _assert_same(_tensors(tmp_path / "back"), _tensors(source))
+
+
+def test_layers_that_predict_further_ahead_are_left_out_by_name(tmp_path: Path) -> None:
+    source = make_tiny_model(tmp_path / "source", "deepseek_v3")
+    num_layers = read_architecture(source).num_layers
+    tensors = _tensors(source)
+    extra = f"model.layers.{num_layers}.eh_proj.weight"
+    save_file(tensors | {extra: torch.ones(3)}, source / "model.safetensors", metadata={"format": "pt"})
+    _change_config(source, num_nextn_predict_layers=0)
+    with pytest.raises(WeightMappingError, match=extra):
+        hf_to_megatron(source, tmp_path / "megatron", ONE)
+    _change_config(source, num_nextn_predict_layers=1)
+    hf_to_megatron(source, tmp_path / "megatron", ONE)
+    manifest = json.loads((tmp_path / "megatron" / "manifest.json").read_text())["tensors"]
+    assert [name for name, record in manifest.items() if record["key"] is None] == [extra]
+    assert verify_conversion(source, tmp_path / "megatron", ONE).is_proven
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", ONE)
+    _assert_same(_tensors(tmp_path / "back"), tensors)
+
+
+def test_selection_bias_stays_in_float32(tmp_path: Path) -> None:
+    source = make_tiny_model(tmp_path / "source", "deepseek_v3")
+    hf_to_megatron(source, tmp_path / "megatron", ONE)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", ONE, dtype=torch.bfloat16)
+    kept = {name for name, tensor in _tensors(tmp_path / "back").items() if tensor.dtype == torch.float32}
+    assert kept and all(name.endswith("e_score_correction_bias") for name in kept)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+
+
+def test_overwriting_replaces_checkpoints_only(converted: tuple[Path, Path], tmp_path: Path) -> None:
+    source, megatron = converted
+    project = tmp_path / "project"
+    (project / "src").mkdir(parents=True)
+    (project / "config.json").write_text("{}")
+    for _ in range(2):  # without weights, and with them but also with other things
+        with pytest.raises(CheckpointError, match="not a checkpoint and nothing else"):
+            megatron_to_hf(megatron, project, ONE, overwrite=True)
+        shutil.copy(source / "model.safetensors", project)
+    assert (project / "src").is_dir()
+    megatron_to_hf(megatron, tmp_path / "back", ONE)
+    megatron_to_hf(megatron, tmp_path / "back", ONE, overwrite=True)
+    with pytest.raises(CheckpointError, match="would destroy the input"):
+        megatron_to_hf(megatron, megatron, ONE, overwrite=True)
+
+
+def test_a_replacement_that_was_killed_half_way_is_undone(
+    converted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, megatron = converted
+    megatron.rename(tmp_path / ".megatron.replaced")  # as between the two renames
+
+    def is_killed(_num_bytes: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hf_to_megatron(source, megatron, ONE, overwrite=True, progress=is_killed)
+    assert verify_conversion(source, megatron, ONE).is_proven
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron", "source"]

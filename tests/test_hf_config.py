@@ -45,6 +45,10 @@ def test_head_dim_is_read_where_it_is_not_the_quotient(tmp_path: Path) -> None:
         ({"num_hidden_layers": "absent"}, ["num_hidden_layers=None", "positive int"]),
         ({"vocab_size": 0}, ["vocab_size=0", "positive int"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads=3", "num_attention_heads=4"]),
+        ({"rope_scaling": "linear"}, ["rope_scaling='linear'", "an object"]),
+        ({"rope_theta": None}, ["rope_theta=None", "positive float"]),
+        ({"layer_types": 5}, ["layer_types=5"]),
+        ({"tie_word_embeddings": "false"}, ["tie_word_embeddings='false'", "true or false"]),
     ],
 )
 def test_unsupported_settings_are_refused(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
@@ -69,6 +73,8 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
         ("deepseek_v3", {"rope_interleave": False}, ["rope_interleave=False"]),
         ("deepseek_v3", {"moe_layer_freq": 2}, ["moe_layer_freq=2"]),
         ("deepseek_v3", {"rope_scaling": {**YARN, "attention_factor": 2.0}}, ["attention_factor"]),
+        ("deepseek_v3", {"rope_scaling": {**YARN, "mscale_all_dim": 1.0}}, ["mscale_all_dim", "or neither"]),
+        ("deepseek_v3", {"num_experts_per_tok": 9}, ["num_experts_per_tok=9", "at most"]),
     ],
 )
 def test_settings_that_a_family_cannot_compute_are_refused(

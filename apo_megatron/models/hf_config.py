@@ -34,10 +34,12 @@ def resolve_model_path(hf_path: str | Path) -> Path:
     raise ConfigError(f"model.hf_path={str(hf_path)!r}: {reason}. Give a directory with config.json")
 
 
-def read_architecture(hf_path: str | Path) -> Architecture:
+def read_architecture(hf_path: str | Path, weights_only: bool = False) -> Architecture:
     """Architecture of a checkpoint of one of the families.
 
     Raises ConfigError, naming the file, for other model types and for settings that are not supported.
+    ``weights_only``: for converting the weights; settings that only change what is computed with them are
+    then accepted, and left out.
     """
     path = resolve_model_path(hf_path) / "config.json"
     try:
@@ -48,8 +50,12 @@ def read_architecture(hf_path: str | Path) -> Architecture:
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: a JSON object expected, found {type(config).__name__}")
-    reader = ConfigReader(path, config)
+    reader = ConfigReader(path, config, weights_only)
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         raise reader.error("model_type", config.get("model_type"), "one of " + ", ".join(FAMILIES))
-    return family.read(reader)
+    architecture = family.read(reader)
+    experts = architecture.experts
+    if experts is not None and experts.top_k > experts.num_experts:
+        raise reader.error("num_experts_per_tok", experts.top_k, f"at most {experts.num_experts} experts")
+    return architecture

@@ -77,6 +77,9 @@ class Architecture:
     qk_norm: bool = False  # RMSNorm over each head of the queries and the keys
     latent_attention: LatentAttention | None = None
     experts: Experts | None = None
+    # Layers after the last that predict tokens further ahead (DeepSeek-V3). They are neither trained nor
+    # converted, and transformers does not load them either.
+    num_prediction_layers: int = 0
 
     @property
     def layers_are_alike(self) -> bool:

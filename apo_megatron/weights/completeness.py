@@ -11,12 +11,12 @@ def check_checkpoint(reader: SafetensorsReader, table: WeightTable) -> list[str]
     """Compare names and shapes of a checkpoint with the table; reads no tensor.
 
     Returns the names of tensors that no parameter takes, and none needs: rotary frequencies, which are
-    computed, and the copy of the embedding that some tied models have as lm_head. Raises WeightMappingError
-    naming what is missing, left over or of the wrong shape.
+    computed, the copy of the embedding that some tied models have as lm_head, and layers that predict
+    further ahead. Raises WeightMappingError naming what is missing, left over or of the wrong shape.
     """
     found = set(reader.names())
     wanted = {name for entry in table.entries() for name in entry.hf_names}
-    unneeded = {name for name in found - wanted if _is_unneeded(name)}
+    unneeded = {name for name in found - wanted if _is_unneeded(name, table)}
     left_over = found - wanted - unneeded
     for problem, names in (("missing", wanted - found), ("left over, no parameter takes them", left_over)):
         if names:
@@ -30,5 +30,10 @@ def check_checkpoint(reader: SafetensorsReader, table: WeightTable) -> list[str]
     return sorted(unneeded)
 
 
-def _is_unneeded(name: str) -> bool:
-    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+def _is_unneeded(name: str, table: WeightTable) -> bool:
+    prediction_layers = range(table.num_layers, table.num_layers + table.num_prediction_layers)
+    return (
+        name.endswith("rotary_emb.inv_freq")
+        or name == "lm_head.weight"
+        or any(name.startswith(f"model.layers.{layer}.") for layer in prediction_layers)
+    )

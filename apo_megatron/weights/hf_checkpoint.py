@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from apo_megatron.parallel.world import CPUWorld
@@ -41,7 +43,7 @@ def finish_hf_checkpoint(
 ) -> None:
     """Add to the planned files in ``folder`` what makes a checkpoint of them: index, config, tokenizer.
 
-    config.json's dtype is set to that of the weights, where they have one.
+    config.json's dtype is set to that of the weights; where they have several, to that of most bytes.
     """
     folder = Path(folder)
     if len(plans) > 1:
@@ -52,10 +54,12 @@ def finish_hf_checkpoint(
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
     copy_model_files(config_source_dir, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    dtypes = {spec.dtype for plan in plans for spec in plan.specs}
-    if len(dtypes) == 1:
-        key = "dtype" if "dtype" in config else "torch_dtype"
-        config[key] = str(dtypes.pop()).removeprefix("torch.")
+    num_bytes: Counter[torch.dtype] = Counter()
+    for plan in plans:
+        for spec in plan.specs:
+            num_bytes[spec.dtype] += spec.num_bytes
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    config[key] = str(num_bytes.most_common(1)[0][0]).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -39,7 +39,7 @@ def hf_to_megatron(
     supported model or the target cannot take it. ``megatron_path`` appears complete or not at all.
     """
     source, target = resolve_model_path(hf_path), Path(megatron_path)
-    architecture = read_architecture(source)
+    architecture = read_architecture(source, weights_only=True)
     table = build_table(architecture)
     with SafetensorsReader(source) as reader:
         unneeded = check_checkpoint(reader, table)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from apo_megatron.errors import CheckpointError
-from apo_megatron.models.hf_config import resolve_model_path
+from apo_megatron.models.hf_config import read_architecture, resolve_model_path
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.weights.architecture import Architecture
 from apo_megatron.weights.completeness import check_checkpoint
@@ -109,7 +109,7 @@ def load_megatron_weights(
 
 
 def _check_same_model(source: MegatronSource, architecture: Architecture) -> None:
-    there, here = asdict(source.architecture), asdict(architecture)
+    there, here = asdict(read_architecture(source.config_dir)), asdict(architecture)
     differing = [
         f"{name}: {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]
     ]

@@ -31,7 +31,7 @@ class MegatronSource:
         self.folder = Path(folder)
         self.reader = TorchDistReader(self.folder)
         self.config_dir = self._config_dir(config_from)
-        self.architecture = read_architecture(self.config_dir)
+        self.architecture = read_architecture(self.config_dir, weights_only=True)
         table = build_table(self.architecture)  # without padding: that is not part of the model
         self.entries = [entry for entry in table.entries() if entry.exported]
         for entry in self.entries:
@@ -61,11 +61,10 @@ class MegatronSource:
                 f"{': ' + ', '.join(differing[:5]) if differing else ''})"
             )
 
-    def specs(self, entry: WeightEntry, dtype: torch.dtype | None = None) -> list[TensorSpec]:
+    def specs(self, entry: WeightEntry, dtype: torch.dtype) -> list[TensorSpec]:
         """The Hugging Face tensors of a parameter, in the stored dtype or another."""
-        chosen = dtype or self.reader.dtype(entry.stored)
         return [
-            TensorSpec(name, shape, chosen)
+            TensorSpec(name, shape, dtype)
             for name, shape in zip(entry.hf_names, entry.layout.hf_shapes, strict=True)
         ]
 

@@ -26,6 +26,7 @@ class _Group:
     """The tensors of one parameter."""
 
     entry: WeightEntry
+    dtype: torch.dtype  # as written
     num_bytes: int  # as read or as written, whichever is more
     cost: int  # what is held at most while they are worked on
 
@@ -42,7 +43,8 @@ def megatron_to_hf(
 ) -> int:
     """Write a Megatron checkpoint, converted or from training, as a Hugging Face checkpoint. Collective.
 
-    Returns the bytes of the weights. ``dtype`` None keeps every tensor's own. A tensor of a converted
+    Returns the bytes of the weights. ``dtype`` None keeps every tensor's own; what is float32 in a model of
+    any dtype stays so. A tensor of a converted
     checkpoint that is not what was converted (by the digests of its manifest) is a CheckpointError.
     Everything else is checked before tensors are read: raises ConfigError or CheckpointError. ``hf_path``
     appears complete or not at all.
@@ -50,7 +52,7 @@ def megatron_to_hf(
     target = Path(hf_path)
     with MegatronSource(megatron_path, config_from) as source:
         groups = [_group(source, entry, dtype) for entry in source.entries]
-        plans = plan_shards((source.specs(group.entry, dtype) for group in groups), max_shard_bytes)
+        plans = plan_shards((source.specs(group.entry, group.dtype) for group in groups), max_shard_bytes)
         num_bytes = sum(plan.num_bytes for plan in plans)
         check_output(target, num_bytes, overwrite, [source.folder, source.config_dir])
         my_plans = divide_by_size(plans, lambda plan: plan.num_bytes, world.world)[world.rank]
@@ -59,7 +61,7 @@ def megatron_to_hf(
         max_bytes = memory_bound(group.num_bytes for group in groups)
         total = sum(group.num_bytes for group in mine)
         with written_aside(target, world) as folder:
-            results = read_ahead(mine, lambda g: _read(source, g.entry, dtype), lambda g: g.cost, max_bytes)
+            results = read_ahead(mine, lambda g: _read(source, g.entry, g.dtype), lambda g: g.cost, max_bytes)
             with closing(results):
                 for plan in my_plans:
                     with ShardWriter(folder / plan.file, plan) as writer:
@@ -73,11 +75,13 @@ def megatron_to_hf(
 
 def _group(source: MegatronSource, entry: WeightEntry, dtype: torch.dtype | None) -> _Group:
     stored = source.reader.dtype(entry.stored)
-    width = max(stored.itemsize, (dtype or stored).itemsize)
-    num_bytes = width * sum(torch.Size(shape).numel() for shape in entry.layout.hf_shapes)
+    written = stored if dtype is None or entry.keeps_dtype else dtype
+    num_bytes = max(stored.itemsize, written.itemsize) * sum(
+        torch.Size(shape).numel() for shape in entry.layout.hf_shapes
+    )
     # Taken apart, put together or converted, it is there twice.
-    is_copied = len(entry.hf_names) > 1 or dtype not in (None, stored) or not source.is_one_piece(entry)
-    return _Group(entry, num_bytes, 2 * num_bytes if is_copied else num_bytes)
+    is_copied = len(entry.hf_names) > 1 or written != stored or not source.is_one_piece(entry)
+    return _Group(entry, written, num_bytes, 2 * num_bytes if is_copied else num_bytes)
 
 
 def _by_plan(plans: Sequence[ShardPlan], groups: Sequence[_Group]) -> dict[str, list[_Group]]:
@@ -91,7 +95,7 @@ def _by_plan(plans: Sequence[ShardPlan], groups: Sequence[_Group]) -> dict[str, 
     return by_plan
 
 
-def _read(source: MegatronSource, entry: WeightEntry, dtype: torch.dtype | None) -> list[tuple[str, Tensor]]:
+def _read(source: MegatronSource, entry: WeightEntry, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
     """The Hugging Face tensors of a parameter, compared with the manifest. Raises CheckpointError."""
     tensors = entry.to_hf([source.read(entry)])
     for name, tensor in tensors:
@@ -101,4 +105,4 @@ def _read(source: MegatronSource, entry: WeightEntry, dtype: torch.dtype | None)
                 "was converted: its digest differs from the manifest's. The checkpoint is damaged; convert "
                 "it anew from its source"
             )
-    return [(name, tensor if dtype is None else tensor.to(dtype)) for name, tensor in tensors]
+    return [(name, tensor.to(dtype)) for name, tensor in tensors]

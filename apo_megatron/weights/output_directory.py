@@ -12,8 +12,9 @@ from apo_megatron.errors import CheckpointError
 from apo_megatron.parallel.collectives import barrier
 from apo_megatron.parallel.world import World
 
-# A directory that holds one of these is a checkpoint, which may be replaced by another.
-_MARKS = ("config.json", "metadata.json")
+# A directory with all the files of one of these is a checkpoint, which may be replaced by another.
+_MARKS = (("config.json", "*.safetensors"), ("metadata.json", ".metadata"))
+_FOLDERS = {"hf", "random_state"}  # of a Megatron checkpoint
 
 
 def check_output(folder: Path, num_bytes: int, overwrite: bool, inputs: Sequence[Path]) -> None:
@@ -30,8 +31,9 @@ def check_output(folder: Path, num_bytes: int, overwrite: bool, inputs: Sequence
         raise CheckpointError(f"{folder}: exists already; choose another directory, or give --overwrite")
     if folder.exists() and not _may_be_replaced(folder):
         raise CheckpointError(
-            f"{folder}: not a checkpoint (neither {' nor '.join(_MARKS)} in it), so --overwrite does not "
-            "remove it; remove it yourself or choose another directory"
+            f"{folder}: not a checkpoint and nothing else (files expected: "
+            f"{' or '.join(' and '.join(names) for names in _MARKS)}), so --overwrite does not remove it; "
+            "remove it yourself or choose another directory"
         )
     parent = next(path for path in target.parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -49,10 +51,14 @@ def written_aside(folder: Path, world: World) -> Iterator[Path]:
     """A new directory beside ``folder`` that takes its place when all ranks have left the block. Collective.
 
     What ``folder`` held is removed after that. After an error the new directory is removed and ``folder``
-    is as before; a process that is killed leaves ``.<name>.partial``, which the next one removes.
+    is as before; a process that is killed leaves ``.<name>.partial``, which the next one removes, or
+    ``.<name>.replaced``, which the next one puts back.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     if world.is_main:
+        replaced = _replaced(folder)
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
@@ -73,13 +79,22 @@ def written_aside(folder: Path, world: World) -> Iterator[Path]:
 def _put_in_place(partial: Path, folder: Path) -> None:
     for path in (partial, *(p for p in partial.rglob("*") if not p.is_symlink())):
         _make_durable(path)
-    replaced = folder.with_name(f".{folder.name}.replaced")
+    replaced = _replaced(folder)
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
     _make_durable(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
 
 
 def _make_durable(path: Path) -> None:
@@ -92,4 +107,9 @@ def _make_durable(path: Path) -> None:
 
 
 def _may_be_replaced(folder: Path) -> bool:
-    return folder.is_dir() and (not any(folder.iterdir()) or any((folder / mark).exists() for mark in _MARKS))
+    if not folder.is_dir():
+        return False
+    content = list(folder.iterdir())
+    if any(path.is_dir() and path.name not in _FOLDERS for path in content):
+        return False
+    return not content or any(all(any(folder.glob(name)) for name in names) for names in _MARKS)

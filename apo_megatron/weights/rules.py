@@ -44,6 +44,7 @@ class ParamRule:
     layers: tuple[int, ...] | None = None  # the layers that have it; None = all, or not in a layer
     num_experts: int = 0  # so many of them in a layer, divided over the expert axes of the mesh
     exported: bool = True  # False: a copy of another parameter, left out of Hugging Face weights
+    keeps_dtype: bool = False  # float32 in a model of any dtype
 
     @property
     def is_per_layer(self) -> bool:
@@ -75,6 +76,7 @@ class ParamRule:
             stored=StoredTensor(stored_name.format(**numbers), tuple(index), tuple(counts)),
             is_expert=expert is not None,
             exported=self.exported,
+            keeps_dtype=self.keeps_dtype,
         )
 
 
@@ -88,6 +90,7 @@ class WeightEntry:
     stored: StoredTensor
     is_expert: bool  # cut over the expert-tensor axis, held by one expert-parallel rank
     exported: bool
+    keeps_dtype: bool
 
     def check_hf_shapes(self, shapes: Sequence[Shape]) -> None:
         """Raises WeightMappingError naming the first tensor whose shape is not the expected one."""

@@ -22,9 +22,12 @@ _EXPERT_NUMBER = re.compile(r"(?<=\.experts\.local_experts\.)\d+|(?<=\.experts\.
 class WeightTable:
     """Rules by Megatron name, TransformerEngine's names included."""
 
-    def __init__(self, rules: Sequence[ParamRule], num_layers: int, stacked: bool) -> None:
+    def __init__(
+        self, rules: Sequence[ParamRule], num_layers: int, stacked: bool, num_prediction_layers: int = 0
+    ) -> None:
         self.rules = tuple(rules)
         self.num_layers = num_layers
+        self.num_prediction_layers = num_prediction_layers  # after them, which no rule takes
         self.stacked = stacked  # alike layers share their keys in checkpoints
         self.num_experts = max(rule.num_experts for rule in self.rules)  # of a layer; 0 = dense
         self._by_name: Mapping[str, list[ParamRule]] = _by_name(self.rules)
@@ -95,4 +98,9 @@ def build_table(architecture: Architecture, padded_vocab_size: int | None = None
     rules = family_of(architecture.model_type).rules(
         architecture, padded_vocab_size or architecture.vocab_size
     )
-    return WeightTable(list(rules), architecture.num_layers, architecture.layers_are_alike)
+    return WeightTable(
+        list(rules),
+        architecture.num_layers,
+        architecture.layers_are_alike,
+        architecture.num_prediction_layers,
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from types import TracebackType
 
@@ -99,6 +100,10 @@ class TorchDistReader:
             raise CheckpointError(
                 f"{self.folder}: {stored.key} has the shape {whole}, {list(full)} expected from config.json: "
                 "it is a checkpoint of another model"
+            )
+        if any(_overlap(a, b.start, b.shape) for a, b in combinations(chunks, 2)):
+            raise CheckpointError(
+                f"{self.folder}: parts of {stored.key} at {list(stored.index)} overlap; it is damaged"
             )
         covered = sum(_numel(box[1]) for box in (_overlap(c, start, wanted) for c in chunks) if box)
         if covered != _numel(wanted):

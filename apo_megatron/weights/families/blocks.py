@@ -134,6 +134,7 @@ def expert_mlp(
             (f"{HF_LAYER}{hf_router}.e_score_correction_bias",),
             Replicated((experts.num_experts,)),
             layers=layers,
+            keeps_dtype=True,
         )
     gate, up, down = (f"{HF_LAYER}{hf_experts}.{{expert}}.{name}.weight" for name in hf_projections)
     size = experts.ffn_hidden_size

@@ -13,17 +13,17 @@ from apo_megatron.weights.rules import ParamRule
 
 def read_v2(config: ConfigReader) -> Architecture:
     # V2 groups by the best expert, which Megatron's router, made for V3's sum of two, does not compute.
-    config.expect("topk_method", "greedy")
-    config.expect("scoring_func", "softmax")
-    config.expect("norm_topk_prob", False)
+    config.expect_to_compute("topk_method", "greedy")
+    config.expect_to_compute("scoring_func", "softmax")
+    config.expect_to_compute("norm_topk_prob", False)
     return _read(config, score_function="softmax", normalize_top_k=False)
 
 
 def read_v3(config: ConfigReader) -> Architecture:
-    config.expect("topk_method", "noaux_tc")
-    config.expect("scoring_func", "sigmoid")
-    config.expect("norm_topk_prob", True)
-    config.expect("rope_interleave", True, None)
+    config.expect("topk_method", "noaux_tc")  # the others have no selection bias
+    config.expect_to_compute("scoring_func", "sigmoid")
+    config.expect_to_compute("norm_topk_prob", True)
+    config.expect_to_compute("rope_interleave", True, None)
     return _read(
         config,
         score_function="sigmoid",
@@ -35,12 +35,11 @@ def read_v3(config: ConfigReader) -> Architecture:
 
 def _read(config: ConfigReader, **routing: Any) -> Architecture:
     config.expect("moe_layer_freq", 1)
-    config.expect(
-        "rms_norm_eps", 1e-6
-    )  # the norms of the latents always have this one; Megatron has one for all
+    # The norms of the latents always have this one; Megatron has one for all.
+    config.expect_to_compute("rms_norm_eps", 1e-6)
     common = config.common(rope_types=("default", "yarn"))
     num_layers, expert_size = common["num_layers"], config.integer("moe_intermediate_size")
-    num_dense = int(config.config.get("first_k_dense_replace") or 0)
+    num_dense = config.count("first_k_dense_replace")
     return Architecture(
         **common,
         latent_attention=LatentAttention(
@@ -55,10 +54,11 @@ def _read(config: ConfigReader, **routing: Any) -> Architecture:
             top_k=config.integer("num_experts_per_tok"),
             ffn_hidden_size=expert_size,
             layers=tuple(layer >= num_dense for layer in range(num_layers)),
-            shared_ffn_hidden_size=expert_size * int(config.config.get("n_shared_experts") or 0),
+            shared_ffn_hidden_size=expert_size * config.count("n_shared_experts"),
             scaling_factor=config.number("routed_scaling_factor", default=1.0),
             **routing,
         ),
+        num_prediction_layers=config.count("num_nextn_predict_layers"),
     )
 
 

@@ -9,6 +9,6 @@ from apo_megatron.weights.families.llama import rules
 __all__ = ["read", "rules"]
 
 
-def read(config: ConfigReader) -> Architecture:
-    config.expect("sliding_window", None)
-    return Architecture(**config.common())
+def read(config: ConfigReader, rope_theta: float = 10000.0) -> Architecture:
+    config.expect_to_compute("sliding_window", None)
+    return Architecture(**config.common(rope_theta=rope_theta))

@@ -12,8 +12,8 @@ from apo_megatron.weights.rules import ParamRule
 
 
 def read(config: ConfigReader) -> Architecture:
-    config.expect("router_jitter_noise", 0.0)
-    dense = mistral.read(config)
+    config.expect_to_compute("router_jitter_noise", 0.0, None)
+    dense = mistral.read(config, rope_theta=1e6)
     return replace(
         dense,
         experts=Experts(
