@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from apo_megatron.actor.adam_state import load_optimizer_state
 from tests.distributed import run_distributed
 from tests.tiny_models import Family, make_tiny_model
 
@@ -42,6 +43,15 @@ EXPERT_CASES: list[dict[str, Any]] = [
     {"layout": PP2, "other_layout": EP2, "dtype": "float32", "updates_before": 1},
     {"layout": DP2 | WHOLE, "other_layout": EP2 | WHOLE, "dtype": "float32", "updates_before": 1},
 ]
+# The first of two stages has no experts.
+DENSE_STAGE_CASES: list[dict[str, Any]] = [
+    {"layout": PP2, "dtype": "float32", "updates_before": 1},
+    {"layout": PP2 | WHOLE, "dtype": "float32", "updates_before": 1},
+    {"layout": PP2 | WHOLE, "dtype": "bfloat16", "updates_before": 1},
+    {"layout": PP2, "other_layout": EP2, "dtype": "float32", "updates_before": 1},
+    {"layout": EP2, "other_layout": PP2, "dtype": "float32", "updates_before": 1},
+    {"layout": PP2 | WHOLE, "other_layout": EP2 | WHOLE, "dtype": "float32", "updates_before": 1},
+]
 
 
 @pytest.fixture
@@ -56,11 +66,14 @@ def payload(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
-def test_resumed_actor_goes_on_exactly(payload: dict[str, Any], tmp_path: Path, family: Family) -> None:
-    cases = CASES
-    if family == "qwen3_moe":
-        cases = EXPERT_CASES
+@pytest.mark.parametrize(
+    ("family", "cases"),
+    [("qwen2", CASES), ("qwen3_moe", EXPERT_CASES), ("deepseek_v3", DENSE_STAGE_CASES)],
+)
+def test_resumed_actor_goes_on_exactly(
+    payload: dict[str, Any], tmp_path: Path, family: Family, cases: list[dict[str, Any]]
+) -> None:
+    if family != "qwen2":
         payload["model_path"] = str(make_tiny_model(tmp_path / "experts", family, vocab_size=101))
     results = run_distributed(2, "tests.workers.checkpoints:save_and_resume", payload | {"cases": cases})[0]
     for case, result in zip(cases, results, strict=True):
@@ -70,6 +83,26 @@ def test_resumed_actor_goes_on_exactly(payload: dict[str, Any], tmp_path: Path, 
         assert result["difference_loaded"] == 0.0, case
         if same or case["dtype"] == "float32":  # in bfloat16 layouts differ by a rounding
             assert result["difference_after"] <= (0.0 if same else 1e-5), (case, result)
+
+
+def test_optimizer_parts_that_count_in_parameter_groups_share_their_step() -> None:
+    class Part:  # of TransformerEngine's optimizer: no count in a group without parameters, or an old one
+        def __init__(self) -> None:
+            self.optimizer = object()
+
+    class Optimizer:
+        chained_optimizers = [Part(), Part()]
+
+        def load_state_dict(self, state: dict[int, Any]) -> None:
+            self.loaded = state
+
+    optimizer = Optimizer()
+    load_optimizer_state(
+        optimizer,
+        {0: {"param_groups": [{"step": 7}, {"step": 3}]}, 1: {"optimizer": {"param_groups": [{}]}}},
+    )
+    assert optimizer.loaded[0]["param_groups"] == [{"step": 7}, {"step": 7}]
+    assert optimizer.loaded[1]["optimizer"]["param_groups"] == [{"step": 7}]
 
 
 @pytest.mark.gpu

@@ -1,7 +1,8 @@
-"""What Megatron 0.16 loses of torch's AdamW when it saves and loads, put right.
+"""What Megatron 0.16 loses of AdamW's step counters when it saves and loads, put right.
 
-The optimizers of Apex and TransformerEngine count steps in the parameter group, which Megatron handles;
-torch's counts them per parameter, which it does not. Nothing here touches the former.
+torch's AdamW counts steps per parameter, which Megatron does not handle; those of Apex and TransformerEngine
+count them in the parameter group. Experts have an optimizer part of their own, without parameters on a
+pipeline stage that has no experts: there nothing counts, and what is saved of that is what all ranks load.
 """
 
 from __future__ import annotations
@@ -14,26 +15,30 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+_NO_PARAMETER = "no parameter"  # stands for one in the state of a part that has none
+
 
 def initialise_adam_state(optimizer: MegatronOptimizer) -> None:
     """Make the state that the first update would make, so that a run can be saved and loaded before it.
 
-    Megatron creates the moments but no "step", which it then asks for.
+    Megatron creates the moments but no "step", which it then asks for: where the optimizer is distributed,
+    also in a part that has no parameters.
     """
     for part in _torch_adam_optimizers(optimizer):
         part.init_state_fn(part.optimizer, part.config)  # leaves existing state alone
         for state in part.optimizer.state.values():
             state.setdefault("step", torch.tensor(0.0))
+        if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
+            part.optimizer.state[_NO_PARAMETER]["step"] = torch.tensor(0.0)
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
-    """``optimizer.load_state_dict(loaded)`` that brings torch's step counters back, too."""
+    """``optimizer.load_state_dict(loaded)`` that brings all step counters back, too."""
     every_part = _parts(optimizer)
     states = [loaded] if len(every_part) == 1 else [loaded[number] for number in range(len(every_part))]
-    for part, state in zip(every_part, states, strict=True):
-        # Where the optimizer is not distributed Megatron leaves a step of 0 out.
-        if isinstance(part.optimizer, torch.optim.Adam) and not isinstance(part, DistributedOptimizer):
-            state.get("optimizer", state)["state"].setdefault("common_step", torch.tensor(0.0))
+    for state in states:
+        state.setdefault("fp32_from_fp16_params", [])  # is not saved of a part without parameters
+    _share_steps(every_part, [state.get("optimizer", state) for state in states])
     parts = _torch_adam_optimizers(optimizer)
     with _steps_kept(parts):
         optimizer.load_state_dict(loaded)
@@ -41,6 +46,20 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -
         # Megatron sets one shared tensor, which torch's Adam would advance once a parameter.
         for state in part.optimizer.state.values():
             state["step"] = state["step"].clone()
+
+
+def _share_steps(parts: list[Any], states: list[dict[str, Any]]) -> None:
+    """Give every part the step of those that have counted. All step together, so that is the largest."""
+    groups = [group for state in states for group in state["param_groups"]]
+    step = max((group["step"] for group in groups if "step" in group), default=None)
+    if step is not None:
+        for group in groups:
+            group["step"] = step
+    # A torch optimizer that is not distributed; Megatron leaves a step of 0 out.
+    common = [state["state"]["common_step"] for state in states if "common_step" in state.get("state", {})]
+    for part, state in zip(parts, states, strict=True):
+        if isinstance(part.optimizer, torch.optim.Adam) and not isinstance(part, DistributedOptimizer):
+            state["state"]["common_step"] = max(common, default=torch.tensor(0.0)).clone()
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:

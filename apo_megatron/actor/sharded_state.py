@@ -113,8 +113,11 @@ def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
         dict(state), is_loading=is_loading, metadata=dict(_SHARDING)
     )
     for part in (state["optimizer"], *state["optimizer"].values()):  # one optimizer, or several by number
-        if isinstance(part, dict) and "param_state" in part and part["param_state"] is None:
-            del part["param_state"]  # of a rank that gathers nothing; Megatron warns of the difference
+        if isinstance(part, dict):
+            if "param_state" in part and part["param_state"] is None:
+                del part["param_state"]  # of a rank that gathers nothing; Megatron warns of the difference
+            if not any(part.get("fp32_from_fp16_params", [True])):
+                del part["fp32_from_fp16_params"]  # empty lists do not merge with those of another stage
     return state
 
 
