@@ -170,7 +170,7 @@ class Checkpointer:
         state = self._files.read(folder)
         settings = fixed_settings(self._cfg)
         check_resumable(state, folder, settings, set(self._parts), self._reference, max_step)
-        read_chunks(folder)  # refuses a .metadata with anything in it but the format: Megatron unpickles it
+        read_chunks(folder, tensors_only=True)  # Megatron and torch unpickle whatever else is there
         try:  # as Megatron does, unless torch is told to unpickle anything
             torch.load(folder / COMMON_FILE, map_location="cpu", weights_only=True)
         except (UnpicklingError, RuntimeError, ValueError, EOFError) as error:

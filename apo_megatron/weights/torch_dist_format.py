@@ -107,20 +107,27 @@ def write_metadata(folder: Path, chunks: Iterable[Chunk]) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(_CONFIG), encoding="utf-8")
 
 
-def read_chunks(folder: Path) -> dict[str, list[Chunk]]:
-    """The chunks of every tensor of a checkpoint, by key.
+def read_chunks(folder: Path, *, tensors_only: bool = False) -> dict[str, list[Chunk]]:
+    """The chunks of every tensor of a checkpoint, by key; what is not a tensor is left out.
 
     Raises CheckpointError where ``folder`` is not such a checkpoint, or its ``.metadata`` is damaged or names
-    anything that is not part of the format (it is a pickle, which could otherwise run any code).
+    anything that is not part of the format (it is a pickle, which could otherwise run any code), and, with
+    ``tensors_only``, where it holds anything but tensors: torch unpickles whatever else it is asked to load.
     """
     _check_config(folder / CONFIG_FILE)
     path = folder / METADATA_FILE
     try:
         metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes()), path).load()
+        entries = {k: e for k, e in metadata.state_dict_metadata.items() if type(e) is TensorStorageMetadata}
+        others = sorted(str(key) for key in metadata.state_dict_metadata.keys() - entries.keys())
+        if tensors_only and others:
+            raise CheckpointError(
+                f"{path}: {', '.join(others[:3])} is no tensor, which a training checkpoint never holds: it "
+                "was not opened, and should not be by anything else"
+            )
         return {
             key: [_chunk(key, chunk, entry, metadata.storage_data) for chunk in entry.chunks]
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
+            for key, entry in entries.items()
         }
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete") from None

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from apo_megatron import sft
 from apo_megatron.actor import checkpoint_files
@@ -104,6 +106,7 @@ def _damages(actor: MegatronActor, root: Path, load: Callable[[], Any]) -> dict[
         "shard": lambda: _overwrite_start(folder / "__1_0.distcp"),
         "common": lambda: torch.save({"optimizer": Evil(mark)}, folder / "common.pt"),
         "metadata": lambda: (folder / ".metadata").write_bytes(pickle.dumps(Evil(mark))),
+        "no tensor": lambda: _make_loaded_as_object(folder, mark),
         "random state": lambda: (folder / "random_state" / "rank_00001.json").write_text("{}"),
     }
     if actor.parallel.is_main:
@@ -127,6 +130,20 @@ def _damages(actor: MegatronActor, root: Path, load: Callable[[], Any]) -> dict[
 def _overwrite_start(path: Path) -> None:
     with path.open("r+b") as file:
         file.write(bytes(100))
+
+
+def _make_loaded_as_object(folder: Path, mark: Path) -> None:
+    """A .metadata of nothing but the format, by which torch would unpickle a file."""
+    torch.save(Evil(mark), folder / "object.distcp")
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    key = "embedding.word_embeddings.weight"
+    entry = BytesStorageMetadata()
+    entry.__dict__["size"] = metadata.state_dict_metadata[key].size
+    metadata.state_dict_metadata[key] = entry
+    places = {place: file for place, file in metadata.storage_data.items() if place.fqn != key}
+    size = (folder / "object.distcp").stat().st_size
+    metadata.storage_data = places | {MetadataIndex(key): _StorageInfo("object.distcp", 0, size)}
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def _make_sizes_right(folder: Path) -> None:
