@@ -107,7 +107,8 @@ class Run:
         must_end = has_diverged or stopped_by is not None
         with self.phase("checkpoint"):
             if must_end or self.is_due(self._cfg.checkpoint.interval, step):
-                folder = checkpointer.save(step + 1, self._metrics)
+                # The last good state stays beside one that has diverged.
+                folder = checkpointer.save(step + 1, self._metrics, keep_all=has_diverged)
             else:
                 checkpointer.poll()
             if self.is_due(self._cfg.checkpoint.export_hf_interval, step):
@@ -120,8 +121,10 @@ class Run:
         if has_diverged:
             raise TrainingError(
                 "the last updates had a loss or gradient that is not finite and were skipped "
-                f"(train.max_skipped_updates). The state is saved in {folder}; lower optimizer.lr or look at "
-                f"the last lines of {self.folder / METRICS_FILE}"
+                f"(train.max_skipped_updates). The state is saved in {folder}; look at the last lines of "
+                f"{self.folder / METRICS_FILE}. To go on, write the name of the last good step_* folder into "
+                f"{self.checkpoint_folder / LATEST_FILE} or lower optimizer.lr, and give the same command "
+                "with --resume auto"
             )
         if stopped_by is not None:
             raise RunInterrupted(

@@ -73,12 +73,22 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     assert _steps(tmp_path) == ["latest", foreign.name, *kept]
 
 
-def test_the_checkpoint_that_latest_names_is_kept(tmp_path: Path) -> None:
-    for step in (5, 6):
-        _save(CheckpointFolder(tmp_path), step)
-    (tmp_path / "latest").write_text("step_000005")  # by hand
-    _save(CheckpointFolder(tmp_path, keep_last=1), 3)
-    assert _steps(tmp_path) == ["latest", "step_000003", "step_000006"]
+def test_newer_checkpoints_of_a_run_that_was_given_up_do_not_count(tmp_path: Path) -> None:
+    files = CheckpointFolder(tmp_path, keep_last=2, keep_best=1, best_metric="reward")
+    _save(CheckpointFolder(tmp_path), 200, reward=0.1)
+    _save(CheckpointFolder(tmp_path), 230, reward=0.8)
+    _save(CheckpointFolder(tmp_path), 300, reward=0.9)
+    (tmp_path / "latest").write_text("step_000200")  # by hand
+    for step, reward in ((210, 0.7), (220, 0.5), (230, 0.2), (240, 0.3)):
+        _save(files, step, reward=reward)
+    assert _steps(tmp_path) == ["latest", "step_000210", "step_000230", "step_000240", "step_000300"]
+
+
+def test_no_checkpoint_is_removed_for_one_that_is_saved_beside_them(tmp_path: Path) -> None:
+    files = CheckpointFolder(tmp_path, keep_last=1)
+    _save(files, 1)
+    files.complete(files.begin(2), _state(2), keep_all=True)
+    assert _steps(tmp_path) == ["latest", "step_000001", "step_000002"]
 
 
 def test_without_limits_all_are_kept(tmp_path: Path) -> None:

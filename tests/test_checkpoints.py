@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from apo_megatron.actor.adam_state import load_optimizer_state
+from apo_megatron.actor.checkpoint_state import fixed_settings
+from apo_megatron.config import RLConfig
 from tests.distributed import run_distributed
 from tests.tiny_models import Family, make_tiny_model
 
@@ -92,6 +95,7 @@ def test_optimizer_parts_that_count_in_parameter_groups_share_their_step() -> No
 
     class Optimizer:
         chained_optimizers = [Part(), Part()]
+        param_groups: list[dict[str, Any]] = []
 
         def load_state_dict(self, state: dict[int, Any]) -> None:
             self.loaded = state
@@ -123,7 +127,10 @@ def test_what_is_written_in_the_background_is_the_state_of_the_save(payload: dic
             assert outcome[name] == (False, 0.0, 0.0), name
 
 
-def test_a_run_that_a_checkpoint_does_not_belong_to_is_refused(payload: dict[str, Any]) -> None:
+def test_a_run_that_a_checkpoint_does_not_belong_to_is_refused(
+    payload: dict[str, Any], tmp_path: Path
+) -> None:
+    payload["moved_path"] = str(shutil.copytree(payload["model_path"], tmp_path / "moved"))
     every_rank = run_distributed(2, "tests.workers.checkpoints:refusals", payload)
     assert every_rank[0] == every_rank[1]
     found = every_rank[0]
@@ -132,4 +139,20 @@ def test_a_run_that_a_checkpoint_does_not_belong_to_is_refused(payload: dict[str
     assert "holds the states of ['data'], this run has ['data', 'rollout']" in found["parts"]
     assert "the model there has changed since the run began" in found["reference"]
     assert "has 3 completed steps, train.num_steps=2" in found["beyond"]
-    assert found["accepted"] == ""
+    assert found["accepted"] == found["moved"] == ""
+    assert found["learning_rate"] == "0.001"
+
+
+def test_what_the_length_of_the_schedule_follows_from_is_fixed_where_the_learning_rate_decays() -> None:
+    def fixed(style: str, reference: str | None) -> set[str]:
+        values = {
+            "model": {"hf_path": "model"},
+            "data": {"train_path": "unused"},
+            "train": {"run_dir": "unused", "num_steps": 10},
+            "optimizer": {"lr_decay_style": style},
+        }
+        return set(fixed_settings(RLConfig.model_validate(values), reference))
+
+    length, place = {"train.num_steps", "train.num_mini_batches"}, {"model.hf_path", "model.megatron_path"}
+    assert fixed("cosine", None) >= length | place
+    assert not fixed("constant", "digest") & (length | place | {"optimizer.lr", "optimizer.min_lr"})

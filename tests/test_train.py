@@ -77,7 +77,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         "whole": _rl(folder, "whole", evaluation=evaluation, checkpoint={"export_hf_interval": 2}),
         "interrupted": _rl(folder, "interrupted", checkpoint={"interval": 2, "resume": "auto"}),
         "unmixed": _rl(folder, "unmixed"),
-        "not_finite": _rl(folder, "not_finite", train={"max_skipped_updates": 3}),
+        "not_finite": _rl(
+            folder, "not_finite", train={"max_skipped_updates": 3}, checkpoint={"interval": 1, "keep_last": 1}
+        ),
     }
     outcome = run_distributed(2, "tests.workers.training:run_all", payload)
     assert outcome[0] == outcome[1]
@@ -177,11 +179,13 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_stop_the_run(
 ) -> None:
     folder, outcome = runs
     assert "max_skipped_updates" in outcome["not_finite"]
+    assert "write the name of the last good step_* folder into" in outcome["not_finite"]
     rows = _metrics(folder / "not_finite")
     assert [row["skipped_update"] for row in rows] == [2.0, 2.0]  # 3 are allowed, a step has 2 updates
     latest = (folder / "not_finite" / "checkpoints" / "latest").read_text()
     assert latest == "step_000002"
-    assert (folder / "not_finite" / "checkpoints" / latest / "state.json").exists()
+    for name in (latest, "step_000001"):  # the last good state is kept although keep_last is 1
+        assert (folder / "not_finite" / "checkpoints" / name / "state.json").exists()
 
 
 def test_cold_start_learns_its_demonstrations(runs: tuple[Path, dict[str, Any]]) -> None:

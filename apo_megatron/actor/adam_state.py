@@ -33,7 +33,11 @@ def initialise_adam_state(optimizer: MegatronOptimizer) -> None:
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
-    """``optimizer.load_state_dict(loaded)`` that brings all step counters back, too."""
+    """``optimizer.load_state_dict(loaded)`` that brings all step counters back, too.
+
+    The ends of the learning-rate schedule, which Megatron keeps in the parameter groups, stay as they are.
+    """
+    rates = [{name: group[name] for name in ("max_lr", "min_lr")} for group in optimizer.param_groups]
     every_part = _parts(optimizer)
     states = [loaded] if len(every_part) == 1 else [loaded[number] for number in range(len(every_part))]
     for state in states:
@@ -42,6 +46,8 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -
     parts = _torch_adam_optimizers(optimizer)
     with _steps_kept(parts):
         optimizer.load_state_dict(loaded)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group.update(rate)
     for part in parts:
         # Megatron sets one shared tensor, which torch's Adam would advance once a parameter.
         for state in part.optimizer.state.values():

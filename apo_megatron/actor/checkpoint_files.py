@@ -29,8 +29,8 @@ _PROBE_BYTES = 2**20
 class CheckpointFolder:
     """The checkpoints below ``root``.
 
-    ``keep_last`` newest ones stay (0: all), and the ``keep_best`` with the highest ``best_metric``; never is
-    the one removed that ``latest`` names.
+    Of those up to the newest step ``keep_last`` stay (0: all), and the ``keep_best`` with the highest
+    ``best_metric``; never is the one removed that ``latest`` names.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class CheckpointFolder:
         probe.unlink()
         return partial
 
-    def complete(self, partial: Path, state: CheckpointState) -> Path:
-        """Give the folder its name, move ``latest``, remove what is not to be kept."""
+    def complete(self, partial: Path, state: CheckpointState, *, keep_all: bool = False) -> Path:
+        """Give the folder its name, move ``latest``, remove what is not to be kept unless all are."""
         sizes = {
             str(path.relative_to(partial)): path.stat().st_size
             for path in sorted(partial.rglob("*"))
@@ -102,7 +102,8 @@ class CheckpointFolder:
         partial.rename(final)
         write_atomically(self.root / LATEST_FILE, final.name)
         _sync(self.root)
-        self._prune()
+        if self._keep_last and not keep_all:
+            self._prune(state.step)
         return final
 
     def discard_unfinished(self) -> None:
@@ -111,15 +112,20 @@ class CheckpointFolder:
             for leftover in self.root.glob(".step_*"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def _prune(self) -> None:
-        if not self._keep_last:
-            return
+    def _prune(self, last_step: int) -> None:
+        """Remove older checkpoints than that of ``last_step``.
+
+        Newer ones are of a run that was given up for an older checkpoint: they do not count, and stay until
+        one of the same step replaces them.
+        """
         states = {}
         for path in self.root.glob("step_*"):
             try:
-                states[path] = CheckpointState.read(path / STATE_FILE)
+                state = CheckpointState.read(path / STATE_FILE)
             except CheckpointError:  # not ours to remove
                 continue
+            if state.step <= last_step:
+                states[path] = state
         newest = sorted(states, key=lambda path: states[path].step)[-self._keep_last :]
         scores = {path: self._score(state) for path, state in states.items()}
         scored = [path for path in states if not math.isnan(scores[path])]

@@ -67,8 +67,12 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def fixed_settings(cfg: RLConfig | SFTConfig) -> dict[str, Any]:
-    """{dotted name: value} of what cannot change when a run is resumed: model, objective, optimizer."""
+def fixed_settings(cfg: RLConfig | SFTConfig, reference: str | None) -> dict[str, Any]:
+    """{dotted name: value} of what cannot change when a run is resumed: model, objective, optimizer.
+
+    Learning rates can, so that a run that diverged may go on. So can the place of the initial weights where
+    a digest of the ``reference`` says that they are the same.
+    """
     sections: dict[str, BaseModel] = {"model": cfg.model, "optimizer": cfg.optimizer}
     settings: dict[str, Any] = {
         # Megatron stores the state of its two kinds of optimizers under different names.
@@ -79,8 +83,13 @@ def fixed_settings(cfg: RLConfig | SFTConfig) -> dict[str, Any]:
         settings["rollout.temperature"] = cfg.rollout.temperature
     if cfg.optimizer.lr_decay_style != "constant":  # the length of the schedule
         settings["train.num_steps"] = cfg.train.num_steps
+        if isinstance(cfg, RLConfig):
+            settings["train.num_mini_batches"] = cfg.train.num_mini_batches
+    changeable = {"recompute", "transformer_impl", "lr", "min_lr"}
+    if reference is not None:
+        changeable |= {"hf_path", "megatron_path"}
     for name, section in sections.items():
-        values = section.model_dump(mode="json", exclude={"recompute", "transformer_impl"})
+        values = section.model_dump(mode="json", exclude=changeable)
         settings |= {f"{name}.{field}": value for field, value in values.items()}
     return settings
 

@@ -53,6 +53,7 @@ class _Pending:
     state: CheckpointState
     random_state: dict[str, Any]  # of this rank
     write: ShardedWrite
+    keeps_all: bool
 
 
 class Checkpointer:
@@ -80,9 +81,10 @@ class Checkpointer:
         self._pending: _Pending | None = None
         self._newest: int | None = None  # completed steps of what was written or loaded last
 
-    def save(self, step: int, metrics: Mapping[str, float]) -> Path:
+    def save(self, step: int, metrics: Mapping[str, float], *, keep_all: bool = False) -> Path:
         """Save the state after ``step`` completed steps; ``metrics`` are those of the last one.
 
+        With ``keep_all`` no older checkpoint is removed for it, whatever checkpoint.keep_last says.
         Returns where the checkpoint is, or will be once it is complete. Raises CheckpointError on every rank
         where this checkpoint, or the one before that was still being written, cannot be written on one.
         """
@@ -91,7 +93,8 @@ class Checkpointer:
             with self._discarded_on_error(step):
                 partial = self._on_main(lambda: self._files.begin(step))
             state, random_state = self._state(step, metrics), get_random_state(self._parallel)
-            self._pending = _Pending(partial, state, random_state, ShardedWrite(self._actor, partial))
+            write = ShardedWrite(self._actor, partial)
+            self._pending = _Pending(partial, state, random_state, write, keep_all)
             if not self._cfg.checkpoint.async_save:
                 self.finish()
         return self._files.path(step)
@@ -110,7 +113,9 @@ class Checkpointer:
         with self._discarded_on_error(pending.state.step):
             self._everywhere(lambda: self._write_own_files(pending))
             pending.write.finish()
-            self._on_main(lambda: self._files.complete(pending.partial, pending.state))
+            self._on_main(
+                lambda: self._files.complete(pending.partial, pending.state, keep_all=pending.keeps_all)
+            )
         self._newest = pending.state.step
 
     def load_latest(self, max_step: int) -> Restored | None:
@@ -147,7 +152,7 @@ class Checkpointer:
             parts={name: as_json(part.state_dict()) for name, part in self._parts.items()},
             reference=self._reference,
             metrics=dict(finite),
-            settings=as_json(fixed_settings(self._cfg)),
+            settings=as_json(fixed_settings(self._cfg, self._reference)),
             layout=as_json(asdict(self._parallel.dims)),
             files={},
         )
@@ -168,7 +173,7 @@ class Checkpointer:
         if folder is None:
             return None
         state = self._files.read(folder)
-        settings = fixed_settings(self._cfg)
+        settings = fixed_settings(self._cfg, self._reference)
         check_resumable(state, folder, settings, set(self._parts), self._reference, max_step)
         read_chunks(folder, tensors_only=True)  # Megatron and torch unpickle whatever else is there
         try:  # as Megatron does, unless torch is told to unpickle anything

@@ -60,4 +60,7 @@ def build_scheduler(
         end_wd=cfg.weight_decay,
         wd_incr_steps=num_updates,
         wd_incr_style="constant",
+        # A checkpoint brings the number of updates; the rates are those of the configuration.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

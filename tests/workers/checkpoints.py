@@ -121,16 +121,31 @@ def refusals(payload: dict[str, Any]) -> dict[str, str]:
     other_digest = weights_digest(actor.weight_source(), actor.parallel)
     other_dtype = config(payload | {"dtype": "bfloat16"}, {})
     whole_optimizer = config(payload, {"distributed_optimizer": False})
+    moved = config(payload | {"model_path": payload["moved_path"]}, {})
     attempts = {
         "dtype": Checkpointer(folder, other_dtype, actor, parts, digest),
         "optimizer": Checkpointer(folder, whole_optimizer, actor, parts, digest),
         "parts": Checkpointer(folder, cfg, actor, {"data": Counter(), "rollout": Counter()}, digest),
         "reference": Checkpointer(folder, cfg, actor, parts, other_digest),
+        "moved": Checkpointer(folder, moved, actor, parts, digest),
     }
     found = {name: refusal(lambda c=c: c.load_latest(10)) for name, c in attempts.items()}
     found["beyond"] = refusal(lambda: Checkpointer(folder, cfg, actor, parts, digest).load_latest(2))
     found["accepted"] = refusal(lambda: Checkpointer(folder, cfg, actor, parts, digest).load_latest(3))
+    found["learning_rate"] = str(_learning_rate_after_warmup(payload, cfg, folder, digest))
     return found
+
+
+def _learning_rate_after_warmup(payload: dict[str, Any], cfg: SFTConfig, folder: Path, digest: str) -> float:
+    """Of a run that goes on with a tenth of the learning rate."""
+    lower = cfg.model_copy(
+        update={"optimizer": cfg.optimizer.model_copy(update={"lr": cfg.optimizer.lr / 10})}
+    )
+    actor = actor_of(lower)
+    Checkpointer(folder, lower, actor, {"data": Counter()}, digest).load_latest(10)
+    for step in range(cfg.optimizer.lr_warmup_steps):
+        update(payload, actor, step)
+    return float(actor.optimizer.param_groups[0]["lr"])
 
 
 def _batch(payload: dict[str, Any], parallel: ParallelContext, step: int) -> Batch:
