@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +14,7 @@ from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.actor.checkpoint_files import LATEST_FILE
 from apo_megatron.actor.checkpointer import Checkpointer
 from apo_megatron.config import RLConfig, SFTConfig, dump_config
-from apo_megatron.errors import ConfigError, RunInterrupted, TrainingError
+from apo_megatron.errors import CheckpointError, ConfigError, RunInterrupted, TrainingError
 from apo_megatron.evaluation.harness import PassAtKResult, evaluate_pass_at_k
 from apo_megatron.files import write_atomically
 from apo_megatron.parallel.collectives import all_gather_objects, any_rank, barrier
@@ -54,11 +54,26 @@ class Run:
         metrics, latest = self.folder / METRICS_FILE, self.checkpoint_folder / LATEST_FILE
         # Without a finished step there is nothing to lose.
         holds_run = latest.exists() or (metrics.exists() and metrics.stat().st_size > 0)
-        if any_rank(holds_run, self._parallel) and not self._resumes:
+        if self._resumes:
+            # One rank looks: on a shared file system the others may see an older state of the folder.
+            starts_over = self._parallel.is_main and not latest.exists() and self._had_checkpoints(metrics)
+            if any_rank(starts_over, self._parallel):
+                raise ConfigError(
+                    f"train.run_dir={self.folder} holds metrics of a run but no checkpoint to go on from: "
+                    "it would be overwritten. Choose another directory, or remove this one to start anew"
+                )
+        elif any_rank(holds_run, self._parallel):
             raise ConfigError(
                 f"train.run_dir={self.folder} already holds a run ({METRICS_FILE} or checkpoints): choose "
                 "another directory, remove it, or set checkpoint.resume=auto (--resume auto) to go on"
             )
+
+    def _had_checkpoints(self, metrics: Path) -> bool:
+        """Whether a run with these metrics has come so far that it has a checkpoint, if it writes any."""
+        checkpoint = self._cfg.checkpoint
+        num_steps = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        # In the background the first is complete before the second begins.
+        return num_steps > checkpoint.interval * (2 if checkpoint.async_save else 1)
 
     def resume(self, checkpointer: Checkpointer) -> int:
         """Restore the latest checkpoint if configured, write config.yaml; the completed steps."""
@@ -111,10 +126,11 @@ class Run:
                 folder = checkpointer.save(step + 1, self._metrics, keep_all=has_diverged)
             else:
                 checkpointer.poll()
-            if self.is_due(self._cfg.checkpoint.export_hf_interval, step):
-                self._exporter.start(self.folder / f"hf_step_{step + 1:06d}", actor.weight_source())
-            else:
-                self._exporter.poll()
+            with _completed_on_error(checkpointer):
+                if self.is_due(self._cfg.checkpoint.export_hf_interval, step):
+                    self._exporter.start(self.folder / f"hf_step_{step + 1:06d}", actor.weight_source())
+                else:
+                    self._exporter.poll()
             if must_end:
                 checkpointer.finish()
                 self._exporter.finish()
@@ -163,6 +179,19 @@ class Run:
             from apo_megatron.telemetry.plots import run_picture  # here: matplotlib, on one rank only
 
             run_picture(self.folder)
+
+
+@contextmanager
+def _completed_on_error(checkpointer: Checkpointer) -> Iterator[None]:
+    """An export that failed must not cost the checkpoint that is being written."""
+    try:
+        yield
+    except CheckpointError as error:  # on every rank
+        try:
+            checkpointer.finish()
+        except CheckpointError as second:
+            raise CheckpointError(f"{error}. And: {second}") from error
+        raise
 
 
 class Evaluator:

@@ -113,7 +113,7 @@ def test_three_steps_and_three_in_new_processes_equal_six(folder: Path, layout: 
 
 
 def test_resuming_where_there_is_no_checkpoint_starts_anew(folder: Path) -> None:
-    config = _config(folder, "anew", "tp2", resume="auto", interval=0)
+    config = _config(folder, "anew", "tp2", resume="auto", interval=10)
     config["train"]["num_steps"] = 2
     config["optimizer"]["lr_warmup_steps"] = 0
     (folder / "anew").mkdir()
