@@ -10,5 +10,8 @@ def write_atomically(path: str | Path, text: str) -> None:
     """Write ``text`` beside ``path``, then rename: there is the old content or the new, nothing between."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # the new name must not outlive, in a power failure, what it names
     os.replace(aside, path)
