@@ -40,6 +40,7 @@ def test_failed_saves_and_damaged_checkpoints(tmp_path: Path) -> None:
     assert "common.pt: damaged, or holds more than tensors and plain values" in found["common"]
     assert ".metadata: names pathlib" in found["metadata"]
     assert ".metadata: embedding.word_embeddings.weight is no tensor" in found["no tensor"]
+    assert "state.json: damaged (KeyError" in found["schedule"]
     assert "rank_00001.json: damaged" in found["random state"]
 
 

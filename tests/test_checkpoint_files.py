@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
 from apo_megatron.actor.checkpoint_files import CheckpointFolder
 from apo_megatron.actor.checkpoint_state import FORMAT_VERSION, CheckpointState
 from apo_megatron.errors import CheckpointError
+from apo_megatron.files import write_atomically
 
 
 def _state(step: int, **metrics: float | None) -> CheckpointState:
@@ -104,6 +107,22 @@ def test_latest_names_only_checkpoints(tmp_path: Path, content: str) -> None:
         CheckpointFolder(tmp_path).latest()
 
 
+def test_a_latest_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_bytes(b"step_\xff")
+    with pytest.raises(CheckpointError, match="expected a name such as step_000010"):
+        CheckpointFolder(tmp_path).latest()
+
+
+def test_latest_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = MagicMock()
+    monkeypatch.setattr(os, "fsync", calls.fsync)
+    monkeypatch.setattr(os, "replace", calls.replace)
+    write_atomically(tmp_path / "latest", "step_000001")
+    assert [name for name, _, _ in calls.mock_calls] == ["fsync", "replace"]
+
+
 def test_latest_names_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("step_000010\n")
     with pytest.raises(CheckpointError, match="names step_000010, which is not there"):
@@ -126,6 +145,9 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
             _edit(f, format_version=FORMAT_VERSION + 1)
         ),
         "format_version None found": lambda f: (f / "state.json").write_text('{"step": 3}'),
+        "state.json: damaged .step: .* valid integer, found 'x'": lambda f: _edit(f, step="x"),
+        "state.json: damaged .files: .* an object": lambda f: _edit(f, files=[]),
+        "state.json: damaged .settings: .* found 'None'": lambda f: _edit(f, settings=None),
         r"fields missing or unknown: surplus\)": lambda f: _edit(f, surplus=1),
     }
     for step, (message, damage) in enumerate(damages.items(), 1):

@@ -48,13 +48,13 @@ class CheckpointFolder:
         pointer = self.root / LATEST_FILE
         if not pointer.exists():
             return None
-        name = pointer.read_text(encoding="utf-8").strip()
+        name = self._latest_name()
         if not _NAME.fullmatch(name):
             raise CheckpointError(f"{pointer}: holds {name[:80]!r}, expected a name such as step_000010")
         if not (self.root / name).is_dir():
             raise CheckpointError(
                 f"{pointer}: names {name}, which is not there: write the name of another step_* folder into "
-                "that file, or delete it to start anew"
+                "that file, or start anew in another train.run_dir"
             )
         return self.root / name
 
@@ -68,8 +68,8 @@ class CheckpointFolder:
                 problem = "missing" if found is None else f"{found} bytes found"
                 raise CheckpointError(
                     f"{path}: {problem}, {num_bytes} bytes expected: the checkpoint is damaged. Write the "
-                    f"name of an older step_* folder into {self.root / LATEST_FILE}, or delete that file to "
-                    "start anew"
+                    f"name of an older step_* folder into {self.root / LATEST_FILE}, or start anew in "
+                    "another train.run_dir"
                 )
         return state
 
@@ -140,7 +140,7 @@ class CheckpointFolder:
 
     def _latest_name(self) -> str:
         pointer = self.root / LATEST_FILE
-        return pointer.read_text(encoding="utf-8").strip() if pointer.exists() else ""
+        return pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.exists() else ""
 
     def _remove(self, folder: Path) -> None:
         # Renamed first: half a checkpoint must not stand under its name.

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from apo_megatron.config import RLConfig, SFTConfig
 from apo_megatron.errors import CheckpointError
@@ -39,7 +39,8 @@ class CheckpointState:
     def read(path: Path) -> CheckpointState:
         """Raises CheckpointError where the file is missing, damaged, foreign or of a newer version."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            values = json.loads(text)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{path}: missing, so {path.parent} is not a training checkpoint of this program, or not "
@@ -59,7 +60,14 @@ class CheckpointState:
         if values.keys() != wanted:
             differing = ", ".join(sorted(values.keys() ^ wanted))
             raise CheckpointError(f"{path}: damaged (fields missing or unknown: {differing})")
-        return CheckpointState(**values)
+        try:
+            return TypeAdapter(CheckpointState).validate_json(text, strict=True)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            name = ".".join(str(part) for part in wrong["loc"])
+            raise CheckpointError(
+                f"{path}: damaged ({name}: {wrong['msg']}, found {str(wrong['input'])[:80]!r})"
+            ) from None
 
 
 def as_json(value: Any) -> Any:

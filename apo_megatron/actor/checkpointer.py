@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from apo_megatron.actor.actor import MegatronActor
-from apo_megatron.actor.checkpoint_files import CheckpointFolder
+from apo_megatron.actor.checkpoint_files import STATE_FILE, CheckpointFolder
 from apo_megatron.actor.checkpoint_state import CheckpointState, as_json, check_resumable, fixed_settings
 from apo_megatron.actor.random_state import get_random_state, seed_random_state, set_random_state
 from apo_megatron.actor.sharded_state import ShardedWrite, load_sharded_state
@@ -130,10 +130,15 @@ class Checkpointer:
             return None
         folder, state = found
         load_sharded_state(self._actor, folder)
-        self._actor.scheduler.load_state_dict(state.scheduler)
+        try:
+            self._actor.scheduler.load_state_dict(state.scheduler)
+            for name, part in self._parts.items():
+                part.load_state_dict(state.parts[name])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{folder / STATE_FILE}: damaged ({type(error).__name__}: {error})"
+            ) from error
         self._actor.consecutive_skips = state.consecutive_skips
-        for name, part in self._parts.items():
-            part.load_state_dict(state.parts[name])
         same_layout = state.layout == as_json(asdict(self._parallel.dims))
         if same_layout:
             self._everywhere(lambda: self._restore_random_state(folder))
@@ -189,7 +194,7 @@ class Checkpointer:
         path = self._random_state_file(folder)
         try:
             set_random_state(json.loads(path.read_text(encoding="utf-8")), self._parallel)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from error
 
     def _random_state_file(self, folder: Path) -> Path:

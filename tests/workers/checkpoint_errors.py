@@ -107,6 +107,7 @@ def _damages(actor: MegatronActor, root: Path, load: Callable[[], Any]) -> dict[
         "common": lambda: torch.save({"optimizer": Evil(mark)}, folder / "common.pt"),
         "metadata": lambda: (folder / ".metadata").write_bytes(pickle.dumps(Evil(mark))),
         "no tensor": lambda: _make_loaded_as_object(folder, mark),
+        "schedule": lambda: _edit_state(folder, scheduler={}),
         "random state": lambda: (folder / "random_state" / "rank_00001.json").write_text("{}"),
     }
     if actor.parallel.is_main:
@@ -147,7 +148,10 @@ def _make_loaded_as_object(folder: Path, mark: Path) -> None:
 
 
 def _make_sizes_right(folder: Path) -> None:
+    files = json.loads((folder / checkpoint_files.STATE_FILE).read_text())["files"]
+    _edit_state(folder, files={name: (folder / name).stat().st_size for name in files})
+
+
+def _edit_state(folder: Path, **values: Any) -> None:
     path = folder / checkpoint_files.STATE_FILE
-    state = json.loads(path.read_text())
-    state["files"] = {name: (folder / name).stat().st_size for name in state["files"]}
-    path.write_text(json.dumps(state))
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
