@@ -3,9 +3,9 @@
     python tools/benchmark_converter.py --size-gb 3 --ranks 1 2
 
 Makes a random model in a temporary directory (it needs about five times the size there), converts it both
-ways as a user would, and copies the same files in turn. The best of the repetitions counts. Seconds are those
-that the command reports, without the start of Python; memory is the largest resident set of any rank, with
-everything that it has imported.
+ways as a user would, and copies the files that are read, in turn. The best of the repetitions counts. Seconds
+are those that the command reports, without the start of Python; memory is the largest resident set of any
+rank, with everything that it has imported and mapped.
 """
 
 from __future__ import annotations
@@ -56,11 +56,23 @@ DONE = re.compile(r"GB in ([\d.]+) s")
 
 @dataclass
 class Measurement:
-    """The best repetition of one operation."""
+    """The best repetition of one operation, and of the copies of the files that it reads."""
 
     name: str
     seconds: float = float("inf")
     peak_bytes: int = 0
+    copy_seconds: float = float("inf")
+    durable_copy_seconds: float = float("inf")
+
+    def add(self, seconds: float, peak_bytes: int) -> None:
+        self.seconds = min(self.seconds, seconds)
+        self.peak_bytes = max(self.peak_bytes, peak_bytes)
+
+    def add_copy(self, seconds: float, durable: bool) -> None:
+        if durable:
+            self.durable_copy_seconds = min(self.durable_copy_seconds, seconds)
+        else:
+            self.copy_seconds = min(self.copy_seconds, seconds)
 
 
 def make_model(folder: Path, size_gb: float, vocab_size: int) -> tuple[int, int]:
@@ -124,27 +136,30 @@ def copy(source: Path, target: Path, durable: bool) -> float:
 
 
 def measure(folder: Path, ranks: list[int], repetitions: int) -> list[Measurement]:
-    """All operations in turn, so that a busy machine or disk disturbs them alike."""
+    """Every conversion right after a copy of the files that it reads: a busy machine disturbs both alike."""
     model, megatron, back, copied = (folder / name for name in ("model", "megatron", "back", "copy"))
+    operations: list[tuple[str, str, Path | None, list[str | Path]]] = [
+        ("HF -> Megatron", "hf_to_megatron", model, ["--hf-path", model, "--megatron-path", megatron]),
+        (
+            "Megatron -> HF",
+            "megatron_to_hf",
+            megatron,
+            ["--megatron-path", megatron, "--hf-path", back, "--max-shard-size-gb", "0.5"],
+        ),
+        # Reads both and writes nothing.
+        ("verify", "verify", None, ["--hf-path", back, "--megatron-path", megatron]),
+    ]
     found: dict[str, Measurement] = {}
-
-    def keep(name: str, seconds: float, peak_bytes: int = 0) -> None:
-        best = found.setdefault(name, Measurement(name))
-        best.seconds = min(best.seconds, seconds)
-        best.peak_bytes = max(best.peak_bytes, peak_bytes)
-
     for _ in range(repetitions):
-        for durable in (False, True):
-            keep("cp, then fsync" if durable else "cp", copy(model, copied, durable))
-            shutil.rmtree(copied)
         for count in ranks:
-            suffix = f", {count} rank" + ("s" if count > 1 else "")
-            to = ["--hf-path", str(model), "--megatron-path", str(megatron)]
-            keep("HF -> Megatron" + suffix, *convert("hf_to_megatron", count, to))
-            to = ["--megatron-path", str(megatron), "--hf-path", str(back), "--max-shard-size-gb", "0.5"]
-            keep("Megatron -> HF" + suffix, *convert("megatron_to_hf", count, to))
-            to = ["--hf-path", str(back), "--megatron-path", str(megatron)]
-            # keep("verify" + suffix, *convert("verify", count, to))
+            for title, script, source, options in operations:
+                name = f"{title}, {count} rank{'s' if count > 1 else ''}"
+                best = found.setdefault(name, Measurement(name))
+                if source is not None:
+                    for durable in (False, True):
+                        best.add_copy(copy(source, copied, durable), durable)
+                        shutil.rmtree(copied)
+                best.add(*convert(script, count, list(map(str, options))))
             shutil.rmtree(megatron)
             shutil.rmtree(back)
     return list(found.values())
@@ -153,21 +168,22 @@ def measure(folder: Path, ranks: list[int], repetitions: int) -> list[Measuremen
 def table(measurements: list[Measurement], num_bytes: int, largest: int) -> str:
     """In Markdown."""
     bound = 2 * largest + 2**30
-    plain = next(m.seconds for m in measurements if m.name == "cp")
     lines = [
-        f"{num_bytes / 1e9:.2f} GB of weights; the largest group has {largest / 2**20:.0f} MiB, so the bound on "
-        f"the memory of a rank is {bound / 2**20:.0f} MiB.",
+        f"{num_bytes / 1e9:.2f} GB of weights; the largest group has {largest / 2**20:.0f} MiB, so the bound "
+        f"on the memory of a rank is {bound / 2**20:.0f} MiB.",
         "",
-        "| Operation | seconds | GB/s | speed beside cp | peak memory of a rank | of the bound |",
-        "|---|---|---|---|---|---|",
+        "| Operation | seconds | GB/s | cp, seconds | cp and fsync | speed (cp: 1) | memory of a rank |",
+        "|---|---|---|---|---|---|---|",
     ]
     for m in measurements:
-        memory = (
-            (f"{m.peak_bytes / 2**20:.0f} MiB", f"{m.peak_bytes / bound:.0%}") if m.peak_bytes else ("", "")
-        )
+        copies = "| | | "
+        if m.copy_seconds < float("inf"):
+            copies = (
+                f"| {m.copy_seconds:.2f} | {m.durable_copy_seconds:.2f} | {m.copy_seconds / m.seconds:.2f} "
+            )
         lines.append(
-            f"| {m.name} | {m.seconds:.2f} | {num_bytes / m.seconds / 1e9:.2f} | {plain / m.seconds:.2f} | "
-            f"{memory[0]} | {memory[1]} |"
+            f"| {m.name} | {m.seconds:.2f} | {num_bytes / m.seconds / 1e9:.2f} {copies}"
+            f"| {m.peak_bytes / 2**20:.0f} MiB ({m.peak_bytes / bound:.0%}) |"
         )
     return "\n".join(lines)
 

@@ -10,7 +10,9 @@ from types import TracebackType
 
 # After so many bytes the disk is told to begin with them, in the background.
 FLUSH_BYTES = 128 * 2**20
-_MAX_PARTS = 1024  # of one system call
+# In one system call. For larger ones the page cache takes larger pages, which a virtual machine may have to
+# fetch from its host: up to three times as slow.
+WRITE_BYTES = 512 * 2**10
 
 
 class DurableFile:
@@ -29,13 +31,13 @@ class DurableFile:
 
     def write(self, parts: Sequence[bytes | memoryview], offset: int) -> int:
         """Write the parts one after the other, the first at ``offset``; the offset after the last."""
-        rest = [memoryview(part).cast("B") for part in parts if len(part)]
         try:
-            while rest:
-                count = os.pwritev(self._descriptor, rest[:_MAX_PARTS], offset)
-                offset += count
-                self._unflushed_bytes += count
-                rest = _after(rest, count)
+            for part in parts:
+                rest = memoryview(part)
+                while rest:
+                    count = os.pwrite(self._descriptor, rest[:WRITE_BYTES], offset)
+                    rest, offset = rest[count:], offset + count
+                    self._unflushed_bytes += count
         except OSError as error:
             error.filename = str(self.path)
             raise
@@ -61,15 +63,3 @@ class DurableFile:
             raise
         finally:
             os.close(self._descriptor)
-
-
-def _after(parts: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of ``parts`` when ``count`` bytes of them are written."""
-    index = 0
-    while index < len(parts) and len(parts[index]) <= count:
-        count -= len(parts[index])
-        index += 1
-    rest = parts[index:]
-    if count:
-        rest[0] = rest[0][count:]
-    return rest
