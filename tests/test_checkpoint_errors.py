@@ -31,6 +31,9 @@ def test_failed_saves_and_damaged_checkpoints(tmp_path: Path) -> None:
         for name, wanted in {
             "disk full before": "File too large",
             "disk full within": "rank 1: [Errno 27] File too large",
+            "metadata": "No space left on device: 'finish'",
+            "config": "No space left on device: 'save_config'",
+            "common state": "common.pt: [Errno 28] No space left on device",
             **({"no permission": "Permission denied"} if os.geteuid() == 0 else {}),
         }.items():
             message, left = found[f"{name} {is_async}"]

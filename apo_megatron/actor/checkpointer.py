@@ -111,8 +111,8 @@ class Checkpointer:
         if pending is None:
             return
         with self._discarded_on_error(pending.state.step):
-            self._everywhere(lambda: self._write_own_files(pending))
-            pending.write.finish()
+            results = self._everywhere(lambda: self._write_own_files(pending))
+            self._on_main(lambda: pending.write.finish(results))
             self._on_main(
                 lambda: self._files.complete(pending.partial, pending.state, keep_all=pending.keeps_all)
             )
@@ -162,9 +162,12 @@ class Checkpointer:
             files={},
         )
 
-    def _write_own_files(self, pending: _Pending) -> None:
-        """This rank's shards and random state; on the main rank what makes the folder usable on its own."""
-        pending.write.wait()
+    def _write_own_files(self, pending: _Pending) -> list[Any]:
+        """This rank's shards and random state; on the main rank what makes the folder usable on its own.
+
+        Returns what lies where in the shards.
+        """
+        results = pending.write.wait()
         path = self._random_state_file(pending.partial)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(pending.random_state), encoding="utf-8")
@@ -172,6 +175,7 @@ class Checkpointer:
             dump_config(self._cfg, pending.partial / "config.yaml")
             (pending.partial / "hf").mkdir()
             copy_model_files(resolve_model_path(self._cfg.model.hf_path), pending.partial / "hf")
+        return results
 
     def _find(self, max_step: int) -> tuple[Path, CheckpointState] | None:
         folder = self._files.latest()

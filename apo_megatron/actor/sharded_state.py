@@ -15,15 +15,19 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.actor.adam_state import initialise_adam_state, load_optimizer_state
 from apo_megatron.errors import CheckpointError
+from apo_megatron.weights.torch_dist_format import COMMON_FILE
 
 # fully_reshardable: the optimizer state may be loaded at another TP / PP / DP. mem_efficient: only the first
 # data-parallel rank, which writes it, gathers it.
@@ -45,13 +49,13 @@ class ShardedWrite:
     """
 
     def __init__(self, actor: MegatronActor, folder: Path) -> None:
-        # Each rank reads its own results. Without a queue Megatron starts a process to hold one.
-        self._results: queue.Queue[Any] = queue.Queue()
-        filesystem_async._results_queue = self._results
+        # Nothing is put there, but without a queue Megatron starts a process to hold one.
+        filesystem_async._results_queue = queue.Queue()
+        self._folder, self._planned, self._common = folder, _PlannedSave(), _CommonSave()
+        register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, self._common)
         request = dist_checkpointing.save(
-            _sharded_state(actor, is_loading=False), str(folder), async_sharded_save=True
+            _sharded_state(actor, is_loading=False), str(folder), self._planned, async_sharded_save=True
         )
-        self._finalize = request.finalize_fns
         self._writes: list[Future[Any]] = []
         if request.async_fn is None:  # this rank has nothing to write
             return
@@ -65,19 +69,53 @@ class ShardedWrite:
         """Whether this rank's files are written, or have failed."""
         return all(write.done() for write in self._writes)
 
-    def wait(self) -> None:
-        """Wait for this rank's files. Raises CheckpointError where one could not be written."""
+    def wait(self) -> list[Any]:
+        """Wait for this rank's files; what lies where in them.
+
+        Raises CheckpointError where one could not be written.
+        """
+        if self._common.problem is not None:
+            raise CheckpointError(self._common.problem)
         for write in self._writes:
             error = write.exception()
             if error is not None:
                 raise CheckpointError(str(_system_error(error))) from error
+        return [result for write in self._writes for result in write.result()]
 
-    def finish(self) -> None:
-        """Write Megatron's metadata, once ``wait`` has gone well on every rank. Collective."""
-        if self._writes:
-            self._results.put({i: write.result() for i, write in enumerate(self._writes)})
-        for finalize in self._finalize:
-            finalize()
+    def finish(self, results: list[list[Any]]) -> None:
+        """Write Megatron's metadata, on the main rank, from what ``wait`` returned on each. Raises OSError.
+
+        Megatron's own way to do so is collective, and leaves the others waiting where the main rank fails.
+        """
+        self._planned.writer.finish(self._planned.metadata, results)
+        save_config(CheckpointingConfig(self._planned.backend, self._planned.version), str(self._folder))
+
+
+class _PlannedSave(TorchDistSaveShardedStrategy):
+    """Megatron's writer, with what it needs to write .metadata in the end."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+        self.writer: Any = None
+        self.metadata: Any = None  # on the main rank
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
+        self.writer, self.metadata, *_ = save_state_dict_ret
+        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+
+
+class _CommonSave(TorchCommonSaveStrategy):
+    """Keeps what goes wrong with common.pt for later: the other ranks are in the middle of an exchange."""
+
+    def __init__(self) -> None:
+        super().__init__("torch", 1)
+        self.problem: str | None = None
+
+    def save_common(self, common_state_dict: Any, checkpoint_dir: Any) -> None:
+        try:
+            super().save_common(common_state_dict, checkpoint_dir)
+        except (OSError, RuntimeError) as error:  # torch raises either
+            self.problem = f"{Path(checkpoint_dir) / COMMON_FILE}: {_system_error(error)}"
 
 
 def load_sharded_state(actor: MegatronActor, folder: Path) -> None:

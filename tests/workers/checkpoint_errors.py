@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import resource
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from apo_megatron import sft
-from apo_megatron.actor import checkpoint_files
+from apo_megatron.actor import checkpoint_files, sharded_state
 from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.actor.checkpointer import Checkpointer
 from apo_megatron.parallel.collectives import barrier
@@ -72,6 +75,9 @@ def _obstacles(rank: int) -> dict[str, Any]:
     return {
         "disk full before": _largest_file(1000, is_here=rank == 0),
         "disk full within": _largest_file(30_000, is_here=rank == 1),
+        "metadata": _failing(FileSystemWriter, "finish", is_here=rank == 0),
+        "config": _failing(sharded_state, "save_config", is_here=rank == 0),
+        "common state": _failing(TorchCommonSaveStrategy, "save_common", is_here=rank == 0),
         "no permission": _unprivileged(is_here=rank == 0),
     }
 
@@ -86,6 +92,17 @@ def _largest_file(num_bytes: int, is_here: bool) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def _failing(owner: Any, name: str, is_here: bool) -> Iterator[None]:
+    """The function finds the disk full on this rank."""
+
+    def fail(*values: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+
+    with patch.object(owner, name, fail) if is_here else nullcontext():
+        yield
 
 
 @contextmanager
