@@ -36,7 +36,7 @@ def check_output(folder: Path, num_bytes: int, overwrite: bool, inputs: Sequence
             "remove it yourself or choose another directory"
         )
     parent = next(path for path in target.parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
         raise CheckpointError(f"{parent}: cannot be written, so {folder} cannot be made there")
     free = shutil.disk_usage(parent).free
     if free < num_bytes:

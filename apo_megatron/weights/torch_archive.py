@@ -27,6 +27,18 @@ _STORAGE_DTYPES = {
     "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16,
 }
+# What unpickling damaged bytes, and looking through what came of it, can end in.
+UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    OverflowError,
+    MemoryError,
+)
 _LOCAL_HEADER_BYTES = 30  # then a name and an extra field, whose lengths are its last two numbers
 
 
@@ -73,23 +85,13 @@ class _Recorder(io.RawIOBase):
 
 
 def map_saved_tensor(descriptor: int, offset: int, num_bytes: int) -> Tensor:
-    """The tensor saved in these bytes of an open file. Raises ArchiveError, OSError or EOFError."""
+    """The tensor saved in these bytes of an open file. Raises ArchiveError or OSError."""
     try:
         archive = _Archive(descriptor, offset, num_bytes)
         (name,) = (name for name in archive.names if name.endswith("/data.pkl"))
         content = os.pread(descriptor, *reversed(archive.locate(name)))
         tensor = _TensorUnpickler(content, archive, name.removesuffix(".pkl")).load()
-    # All that reading damaged bytes ends in.
-    except (
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
+    except (zipfile.BadZipFile, *UNPICKLING_ERRORS) as error:
         raise ArchiveError(f"{type(error).__name__}: {error}") from None
     if not isinstance(tensor, Tensor):
         raise ArchiveError(f"a tensor expected, found {type(tensor).__name__}")
@@ -100,7 +102,7 @@ class _Archive:
     """Where the records of a zip lie. Their checksums are not looked at: they may have been left out."""
 
     def __init__(self, descriptor: int, offset: int, num_bytes: int) -> None:
-        self.descriptor, self._offset = descriptor, offset
+        self.descriptor, self._offset, self._num_bytes = descriptor, offset, num_bytes
         with zipfile.ZipFile(_FilePart(descriptor, offset, num_bytes)) as archive:
             self._records = {info.filename: info for info in archive.infolist()}
 
@@ -113,10 +115,15 @@ class _Archive:
         record = self._records[name]
         if record.compress_type != zipfile.ZIP_STORED:
             raise zipfile.BadZipFile(f"{name} is compressed")
-        start = self._offset + record.header_offset
-        header = os.pread(self.descriptor, _LOCAL_HEADER_BYTES, start)
+        begin = record.header_offset
+        if not 0 <= begin <= self._num_bytes - _LOCAL_HEADER_BYTES:
+            raise zipfile.BadZipFile(f"{name} begins at {begin}")
+        header = os.pread(self.descriptor, _LOCAL_HEADER_BYTES, self._offset + begin)
         lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        return start + _LOCAL_HEADER_BYTES + lengths, record.file_size
+        begin += _LOCAL_HEADER_BYTES + lengths
+        if begin + record.file_size > self._num_bytes:
+            raise zipfile.BadZipFile(f"{name} ends after the archive")
+        return self._offset + begin, record.file_size
 
 
 class _TensorUnpickler(pickle.Unpickler):

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from apo_megatron.errors import CheckpointError
 from apo_megatron.weights.layouts import Shape
 from apo_megatron.weights.rules import StoredTensor
+from apo_megatron.weights.torch_archive import UNPICKLING_ERRORS
 
 CONFIG_FILE = "metadata.json"
 METADATA_FILE = ".metadata"
@@ -131,8 +132,7 @@ def read_chunks(folder: Path, *, tensors_only: bool = False) -> dict[str, list[C
         }
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete") from None
-    # Whatever else unpickling damaged bytes, or looking through what came of them, can end in.
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except UNPICKLING_ERRORS as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
@@ -142,15 +142,13 @@ def _chunk(key: str, chunk: ChunkStorageMetadata, entry: TensorStorageMetadata, 
     place = places[MetadataIndex(key, chunk.offsets)]
     if Path(place.relative_path).name != place.relative_path:
         raise CheckpointError(f"{METADATA_FILE}: {key} lies in {place.relative_path}, outside the folder")
-    return Chunk(
-        key,
-        tuple(chunk.offsets),
-        tuple(chunk.sizes),
-        entry.properties.dtype,
-        place.relative_path,
-        place.offset,
-        place.length,
-    )
+    start, shape, dtype = tuple(chunk.offsets), tuple(chunk.sizes), entry.properties.dtype
+    numbers = (*start, *shape, place.offset, place.length)
+    if len(start) != len(shape) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise ValueError(f"{key} has a chunk at {numbers}")
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{key} has the dtype {dtype!r}")
+    return Chunk(key, start, shape, dtype, place.relative_path, place.offset, place.length)
 
 
 def _check_config(path: Path) -> None:

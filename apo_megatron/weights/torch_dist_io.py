@@ -153,7 +153,7 @@ class TorchDistReader:
     def _load(self, chunk: Chunk) -> Tensor:
         try:
             tensor = map_saved_tensor(self._descriptor(chunk), chunk.offset, chunk.num_bytes)
-        except (ArchiveError, EOFError) as error:
+        except ArchiveError as error:
             raise self._damaged(chunk, str(error)) from None
         if tuple(tensor.shape) != chunk.shape or tensor.dtype != chunk.dtype:
             raise self._damaged(chunk, f"{tensor.dtype} {list(tensor.shape)} instead of {list(chunk.shape)}")
