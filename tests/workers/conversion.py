@@ -57,7 +57,7 @@ def save_training_checkpoints(payload: dict[str, Any]) -> list[str]:
 
 def convert_and_die(payload: dict[str, Any]) -> None:
     """Convert, over a checkpoint that may be there, and be killed after so many groups."""
-    convert = {"hf_to_megatron": hf_to_megatron, "megatron_to_hf": megatron_to_hf}[payload["direction"]]
+    convert: Any = {"hf_to_megatron": hf_to_megatron, "megatron_to_hf": megatron_to_hf}[payload["direction"]]
     left = payload["groups"]
 
     def die(num_bytes: int, total_bytes: int) -> None:
