@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -376,6 +377,12 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
         ["optimizer.lr_warmup_steps=10", "10 updates"],
     ),
     (EvalConfig, "problems_are_named", ["evaluation.data_path=null"], ["evaluation.data_path=null"]),
+    (
+        EvalConfig,
+        "weights_are_those_of_hf_path",
+        ["model.megatron_path=converted"],
+        ["model.megatron_path=converted", "apo-megatron-to-hf"],
+    ),
 ]
 
 
@@ -520,7 +527,7 @@ def test_a_failed_write_leaves_the_old_file(file: Path, monkeypatch: pytest.Monk
         raise OSError("disk full")
 
     cfg = load_config(RLConfig, file)
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         dump_config(cfg, file)
     assert file.read_text() == MINIMAL
