@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from apo_megatron.parallel.world import join_cpu_world
 from apo_megatron.telemetry.command import run_command
-from apo_megatron.weights.hf_to_megatron import hf_to_megatron
+from apo_megatron.weights.conversion.hf_to_megatron import hf_to_megatron
 from checkpoints_convert.progress import ByteProgress
 
 

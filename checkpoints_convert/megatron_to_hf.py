@@ -18,7 +18,7 @@ import torch
 from apo_megatron.errors import ConfigError
 from apo_megatron.parallel.world import join_cpu_world
 from apo_megatron.telemetry.command import run_command
-from apo_megatron.weights.megatron_to_hf import megatron_to_hf
+from apo_megatron.weights.conversion.megatron_to_hf import megatron_to_hf
 from checkpoints_convert.progress import ByteProgress
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -22,7 +22,7 @@ from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.parallel.state import init_parallel
 from apo_megatron.parallel.world import World, join_cpu_world
 from apo_megatron.telemetry.command import run_command
-from apo_megatron.weights.verify import Verification, require_proof, verify_conversion
+from apo_megatron.weights.conversion.verify import Verification, require_proof, verify_conversion
 from checkpoints_convert.logits import LogitsComparison, compare_logits
 from checkpoints_convert.progress import ByteProgress
 

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from apo_megatron.errors import CheckpointError, ConfigError, WeightMappingError
 from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.parallel.world import CPUWorld
-from apo_megatron.weights.hf_to_megatron import hf_to_megatron
-from apo_megatron.weights.megatron_to_hf import megatron_to_hf
-from apo_megatron.weights.verify import require_proof, verify_conversion
+from apo_megatron.weights.conversion.hf_to_megatron import hf_to_megatron
+from apo_megatron.weights.conversion.megatron_to_hf import megatron_to_hf
+from apo_megatron.weights.conversion.verify import require_proof, verify_conversion
 from checkpoints_convert import hf_to_megatron as hf_to_megatron_command
 from checkpoints_convert import megatron_to_hf as megatron_to_hf_command
 from checkpoints_convert import verify as verify_command

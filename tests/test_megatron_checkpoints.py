@@ -10,7 +10,7 @@ import pytest
 from apo_megatron.errors import CheckpointError
 from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.parallel.world import CPUWorld
-from apo_megatron.weights.hf_to_megatron import hf_to_megatron
+from apo_megatron.weights.conversion.hf_to_megatron import hf_to_megatron
 from apo_megatron.weights.load import load_megatron_weights
 from tests.distributed import run_distributed
 from tests.tiny_models import FAMILIES, MOE_FAMILIES, make_tiny_model

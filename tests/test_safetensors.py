@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apo_megatron.errors import CheckpointError
-from apo_megatron.weights.hf_checkpoint import write_hf_checkpoint
-from apo_megatron.weights.safetensors_io import INDEX_FILE, SafetensorsReader
-from apo_megatron.weights.safetensors_writer import ShardWriter, TensorSpec, plan_shards
-from apo_megatron.weights.streaming import divide_by_size, read_ahead
+from apo_megatron.weights.conversion.streaming import divide_by_size, read_ahead
+from apo_megatron.weights.formats.hf_checkpoint import write_hf_checkpoint
+from apo_megatron.weights.formats.safetensors_io import INDEX_FILE, SafetensorsReader
+from apo_megatron.weights.formats.safetensors_writer import ShardWriter, TensorSpec, plan_shards
 from tests.tiny_models import Family, make_tiny_model
 
 

@@ -18,15 +18,20 @@ from torch.distributed import checkpoint as torch_checkpoint
 from apo_megatron.errors import CheckpointError
 from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.parallel.world import CPUWorld
-from apo_megatron.weights.hf_to_megatron import hf_to_megatron
-from apo_megatron.weights.mapped_file import map_tensor
-from apo_megatron.weights.megatron_to_hf import megatron_to_hf
+from apo_megatron.weights.conversion.hf_to_megatron import hf_to_megatron
+from apo_megatron.weights.conversion.megatron_to_hf import megatron_to_hf
+from apo_megatron.weights.conversion.verify import verify_conversion
+from apo_megatron.weights.formats.mapped_file import map_tensor
+from apo_megatron.weights.formats.torch_archive import ArchiveError, map_saved_tensor
+from apo_megatron.weights.formats.torch_dist_format import (
+    CONFIG_FILE,
+    METADATA_FILE,
+    read_chunks,
+    write_metadata,
+)
+from apo_megatron.weights.formats.torch_dist_io import TorchDistReader, TorchDistWriter
 from apo_megatron.weights.rules import StoredTensor
 from apo_megatron.weights.table import build_table
-from apo_megatron.weights.torch_archive import ArchiveError, map_saved_tensor
-from apo_megatron.weights.torch_dist_format import CONFIG_FILE, METADATA_FILE, read_chunks, write_metadata
-from apo_megatron.weights.torch_dist_io import TorchDistReader, TorchDistWriter
-from apo_megatron.weights.verify import verify_conversion
 from tests.distributed import run_distributed
 from tests.tiny_models import Family, make_tiny_model
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apo_megatron.parallel.world import CPUWorld
-from apo_megatron.weights.megatron_to_hf import megatron_to_hf
+from apo_megatron.weights.conversion.megatron_to_hf import megatron_to_hf
 from tests.distributed import run_distributed
 from tests.tiny_models import make_tiny_model
 

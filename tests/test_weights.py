@@ -13,6 +13,7 @@ from torch import Tensor
 from apo_megatron.errors import WeightMappingError
 from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.weights.completeness import check_checkpoint
+from apo_megatron.weights.formats.safetensors_io import SafetensorsReader
 from apo_megatron.weights.layouts import (
     ColumnParallel,
     FusedGateUp,
@@ -22,7 +23,6 @@ from apo_megatron.weights.layouts import (
     RowParallel,
     VocabParallel,
 )
-from apo_megatron.weights.safetensors_io import SafetensorsReader
 from apo_megatron.weights.table import build_table, with_global_numbers
 from tests.layout_cases import BUCKET_BYTES, CASES, digest, reference, results
 from tests.tiny_models import FAMILIES, Family, make_tiny_model

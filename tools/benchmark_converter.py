@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from apo_megatron.models.hf_config import read_architecture
-from apo_megatron.weights.hf_checkpoint import write_hf_checkpoint
-from apo_megatron.weights.safetensors_writer import TensorSpec
+from apo_megatron.weights.formats.hf_checkpoint import write_hf_checkpoint
+from apo_megatron.weights.formats.safetensors_writer import TensorSpec
 from apo_megatron.weights.table import build_table
 
 SHARD_BYTES = 500_000_000

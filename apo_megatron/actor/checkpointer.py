@@ -22,8 +22,8 @@ from apo_megatron.config import RLConfig, SFTConfig, dump_config
 from apo_megatron.errors import CheckpointError
 from apo_megatron.models.hf_config import resolve_model_path
 from apo_megatron.parallel.collectives import all_gather_objects, any_rank
-from apo_megatron.weights.hf_checkpoint import copy_model_files
-from apo_megatron.weights.torch_dist_format import COMMON_FILE, read_chunks
+from apo_megatron.weights.formats.hf_checkpoint import copy_model_files
+from apo_megatron.weights.formats.torch_dist_format import COMMON_FILE, read_chunks
 
 T = TypeVar("T")
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.actor.adam_state import initialise_adam_state, load_optimizer_state
 from apo_megatron.errors import CheckpointError
-from apo_megatron.weights.torch_dist_format import COMMON_FILE
+from apo_megatron.weights.formats.torch_dist_format import COMMON_FILE
 
 # fully_reshardable: the optimizer state may be loaded at another TP / PP / DP. mem_efficient: only the first
 # data-parallel rank, which writes it, gathers it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from apo_megatron.errors import WeightMappingError
-from apo_megatron.weights.safetensors_io import SafetensorsReader
+from apo_megatron.weights.formats.safetensors_io import SafetensorsReader
 from apo_megatron.weights.table import WeightTable
 
 

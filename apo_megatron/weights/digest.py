@@ -6,7 +6,7 @@ import xxhash
 
 from apo_megatron.parallel.collectives import all_gather_objects
 from apo_megatron.parallel.state import ParallelContext
-from apo_megatron.weights.manifest import digest
+from apo_megatron.weights.conversion.manifest import digest
 from apo_megatron.weights.source import WeightSource
 
 

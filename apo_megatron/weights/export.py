@@ -13,11 +13,11 @@ from apo_megatron.errors import CheckpointError
 from apo_megatron.models.hf_config import resolve_model_path
 from apo_megatron.parallel.collectives import any_rank
 from apo_megatron.parallel.state import ParallelContext
-from apo_megatron.weights.hf_checkpoint import MAX_SHARD_BYTES, finish_hf_checkpoint
-from apo_megatron.weights.output_directory import written_aside
-from apo_megatron.weights.safetensors_writer import ShardPlan, ShardWriter, plan_shards
+from apo_megatron.weights.conversion.streaming import divide_by_size
+from apo_megatron.weights.formats.hf_checkpoint import MAX_SHARD_BYTES, finish_hf_checkpoint
+from apo_megatron.weights.formats.output_directory import written_aside
+from apo_megatron.weights.formats.safetensors_writer import ShardPlan, ShardWriter, plan_shards
 from apo_megatron.weights.source import WeightSource
-from apo_megatron.weights.streaming import divide_by_size
 
 
 class HFExporter:

@@ -16,9 +16,9 @@ from apo_megatron.models.hf_config import read_architecture, resolve_model_path
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.weights.architecture import Architecture
 from apo_megatron.weights.completeness import check_checkpoint
-from apo_megatron.weights.megatron_source import MegatronSource
+from apo_megatron.weights.conversion.megatron_source import MegatronSource
+from apo_megatron.weights.formats.safetensors_io import SafetensorsReader
 from apo_megatron.weights.rules import WeightEntry
-from apo_megatron.weights.safetensors_io import SafetensorsReader
 from apo_megatron.weights.table import WeightTable, build_table, with_global_numbers
 
 

@@ -12,9 +12,9 @@ from torch.nn import Module
 
 from apo_megatron.parallel.state import Group, ParallelContext
 from apo_megatron.weights.architecture import Architecture
+from apo_megatron.weights.formats.safetensors_writer import TensorSpec
 from apo_megatron.weights.load import named_weights, table_of
 from apo_megatron.weights.rules import WeightEntry
-from apo_megatron.weights.safetensors_writer import TensorSpec
 from apo_megatron.weights.table import WeightTable, with_global_numbers
 
 NamedTensors = list[tuple[str, Tensor]]

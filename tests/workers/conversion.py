@@ -13,9 +13,9 @@ from apo_megatron.actor.checkpointer import Checkpointer
 from apo_megatron.config import ModelConfig, ParallelConfig
 from apo_megatron.parallel.state import init_parallel
 from apo_megatron.parallel.world import CPUWorld, join_cpu_world
-from apo_megatron.weights.hf_to_megatron import hf_to_megatron
-from apo_megatron.weights.megatron_to_hf import megatron_to_hf
-from apo_megatron.weights.verify import verify_conversion
+from apo_megatron.weights.conversion.hf_to_megatron import hf_to_megatron
+from apo_megatron.weights.conversion.megatron_to_hf import megatron_to_hf
+from apo_megatron.weights.conversion.verify import verify_conversion
 from checkpoints_convert import hf_to_megatron as hf_to_megatron_command
 from checkpoints_convert import verify
 from checkpoints_convert.logits import compare_logits

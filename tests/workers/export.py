@@ -14,8 +14,8 @@ from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.parallel.collectives import barrier
 from apo_megatron.parallel.state import init_parallel
 from apo_megatron.weights.export import HFExporter
+from apo_megatron.weights.formats.safetensors_writer import ShardWriter
 from apo_megatron.weights.load import load_hf_weights
-from apo_megatron.weights.safetensors_writer import ShardWriter
 from apo_megatron.weights.source import WeightSource
 
 

@@ -13,16 +13,22 @@ from apo_megatron.models.hf_config import read_architecture, resolve_model_path
 from apo_megatron.parallel.collectives import all_gather_objects
 from apo_megatron.parallel.world import World
 from apo_megatron.weights.completeness import check_checkpoint
-from apo_megatron.weights.hf_checkpoint import copy_model_files
-from apo_megatron.weights.manifest import Manifest, SourceTensor, digest, dtype_name
-from apo_megatron.weights.megatron_source import HF_FOLDER
-from apo_megatron.weights.output_directory import check_output, written_aside
+from apo_megatron.weights.conversion.manifest import Manifest, SourceTensor, digest, dtype_name
+from apo_megatron.weights.conversion.megatron_source import HF_FOLDER
+from apo_megatron.weights.conversion.streaming import (
+    Progress,
+    divide_by_size,
+    memory_bound,
+    no_progress,
+    read_ahead,
+)
+from apo_megatron.weights.formats.hf_checkpoint import copy_model_files
+from apo_megatron.weights.formats.output_directory import check_output, written_aside
+from apo_megatron.weights.formats.safetensors_io import SafetensorsReader
+from apo_megatron.weights.formats.torch_dist_format import write_metadata
+from apo_megatron.weights.formats.torch_dist_io import TorchDistWriter
 from apo_megatron.weights.rules import WeightEntry
-from apo_megatron.weights.safetensors_io import SafetensorsReader
-from apo_megatron.weights.streaming import Progress, divide_by_size, memory_bound, no_progress, read_ahead
 from apo_megatron.weights.table import build_table
-from apo_megatron.weights.torch_dist_format import write_metadata
-from apo_megatron.weights.torch_dist_io import TorchDistWriter
 
 
 def hf_to_megatron(

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from apo_megatron.errors import CheckpointError
 from apo_megatron.models.hf_config import read_architecture, resolve_model_path
-from apo_megatron.weights.manifest import Manifest, load_manifest
+from apo_megatron.weights.conversion.manifest import Manifest, load_manifest
+from apo_megatron.weights.formats.safetensors_writer import TensorSpec
+from apo_megatron.weights.formats.torch_dist_io import TorchDistReader
 from apo_megatron.weights.rules import WeightEntry
-from apo_megatron.weights.safetensors_writer import TensorSpec
 from apo_megatron.weights.table import build_table
-from apo_megatron.weights.torch_dist_io import TorchDistReader
 
 HF_FOLDER = "hf"  # in a Megatron checkpoint: config.json and tokenizer of its model
 

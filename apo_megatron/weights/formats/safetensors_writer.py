@@ -16,9 +16,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from apo_megatron.weights.durable_file import DurableFile
+from apo_megatron.weights.formats.durable_file import DurableFile
+from apo_megatron.weights.formats.safetensors_io import SINGLE_FILE, WEIGHT_DTYPES
 from apo_megatron.weights.layouts import Shape
-from apo_megatron.weights.safetensors_io import SINGLE_FILE, WEIGHT_DTYPES
 
 _DTYPE_NAMES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()}
 _ALIGNMENT = 8

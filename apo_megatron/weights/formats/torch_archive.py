@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
+from apo_megatron.weights.formats.mapped_file import map_tensor
 from apo_megatron.weights.layouts import Shape
-from apo_megatron.weights.mapped_file import map_tensor
 
 _STORAGE_DTYPES = {
     "FloatStorage": torch.float32,

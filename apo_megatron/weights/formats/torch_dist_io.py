@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from apo_megatron.errors import CheckpointError
-from apo_megatron.weights.durable_file import DurableFile
+from apo_megatron.weights.formats.durable_file import DurableFile
+from apo_megatron.weights.formats.safetensors_writer import tensor_bytes
+from apo_megatron.weights.formats.torch_archive import ArchiveError, map_saved_tensor, saved_around
+from apo_megatron.weights.formats.torch_dist_format import Chunk, box_of, read_chunks
 from apo_megatron.weights.layouts import Shape
 from apo_megatron.weights.rules import StoredTensor
-from apo_megatron.weights.safetensors_writer import tensor_bytes
-from apo_megatron.weights.torch_archive import ArchiveError, map_saved_tensor, saved_around
-from apo_megatron.weights.torch_dist_format import Chunk, box_of, read_chunks
 
 
 class TorchDistWriter:

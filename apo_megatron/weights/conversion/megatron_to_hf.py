@@ -12,13 +12,19 @@ from torch import Tensor
 
 from apo_megatron.errors import CheckpointError
 from apo_megatron.parallel.world import World
-from apo_megatron.weights.hf_checkpoint import MAX_SHARD_BYTES, finish_hf_checkpoint
-from apo_megatron.weights.manifest import digest
-from apo_megatron.weights.megatron_source import MegatronSource
-from apo_megatron.weights.output_directory import check_output, written_aside
+from apo_megatron.weights.conversion.manifest import digest
+from apo_megatron.weights.conversion.megatron_source import MegatronSource
+from apo_megatron.weights.conversion.streaming import (
+    Progress,
+    divide_by_size,
+    memory_bound,
+    no_progress,
+    read_ahead,
+)
+from apo_megatron.weights.formats.hf_checkpoint import MAX_SHARD_BYTES, finish_hf_checkpoint
+from apo_megatron.weights.formats.output_directory import check_output, written_aside
+from apo_megatron.weights.formats.safetensors_writer import ShardPlan, ShardWriter, plan_shards
 from apo_megatron.weights.rules import WeightEntry
-from apo_megatron.weights.safetensors_writer import ShardPlan, ShardWriter, plan_shards
-from apo_megatron.weights.streaming import Progress, divide_by_size, memory_bound, no_progress, read_ahead
 
 
 @dataclass(frozen=True)

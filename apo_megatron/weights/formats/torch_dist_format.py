@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from apo_megatron.errors import CheckpointError
+from apo_megatron.weights.formats.torch_archive import UNPICKLING_ERRORS
 from apo_megatron.weights.layouts import Shape
 from apo_megatron.weights.rules import StoredTensor
-from apo_megatron.weights.torch_archive import UNPICKLING_ERRORS
 
 CONFIG_FILE = "metadata.json"
 METADATA_FILE = ".metadata"

@@ -13,11 +13,17 @@ from apo_megatron.models.hf_config import resolve_model_path
 from apo_megatron.parallel.collectives import all_gather_objects
 from apo_megatron.parallel.world import World
 from apo_megatron.weights.completeness import check_checkpoint
-from apo_megatron.weights.manifest import digest, dtype_name
-from apo_megatron.weights.megatron_source import MegatronSource
+from apo_megatron.weights.conversion.manifest import digest, dtype_name
+from apo_megatron.weights.conversion.megatron_source import MegatronSource
+from apo_megatron.weights.conversion.streaming import (
+    Progress,
+    divide_by_size,
+    memory_bound,
+    no_progress,
+    read_ahead,
+)
+from apo_megatron.weights.formats.safetensors_io import SafetensorsReader
 from apo_megatron.weights.rules import WeightEntry
-from apo_megatron.weights.safetensors_io import SafetensorsReader
-from apo_megatron.weights.streaming import Progress, divide_by_size, memory_bound, no_progress, read_ahead
 from apo_megatron.weights.table import build_table
 
 

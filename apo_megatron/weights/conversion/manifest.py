@@ -14,7 +14,7 @@ from torch import Tensor
 
 import apo_megatron
 from apo_megatron.errors import CheckpointError
-from apo_megatron.weights.safetensors_writer import tensor_bytes
+from apo_megatron.weights.formats.safetensors_writer import tensor_bytes
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1

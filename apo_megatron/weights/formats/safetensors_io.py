@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from apo_megatron.errors import CheckpointError
-from apo_megatron.weights.mapped_file import map_tensor
+from apo_megatron.weights.formats.mapped_file import map_tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

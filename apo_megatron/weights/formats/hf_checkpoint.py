@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from apo_megatron.parallel.world import CPUWorld
-from apo_megatron.weights.output_directory import written_aside
-from apo_megatron.weights.safetensors_io import INDEX_FILE
-from apo_megatron.weights.safetensors_writer import ShardPlan, ShardWriter, TensorSpec, plan_shards
+from apo_megatron.weights.formats.output_directory import written_aside
+from apo_megatron.weights.formats.safetensors_io import INDEX_FILE
+from apo_megatron.weights.formats.safetensors_writer import ShardPlan, ShardWriter, TensorSpec, plan_shards
 
 MAX_SHARD_BYTES = 4 * 2**30
 # Files beside config.json and the weights that make a checkpoint usable on its own.

@@ -1,0 +1,1 @@
+"""Between Hugging Face and Megatron checkpoints: converting, the manifest, verifying."""

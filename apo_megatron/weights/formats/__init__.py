@@ -1,0 +1,1 @@
+"""Files of checkpoints: safetensors, Megatron's distributed format, directories that appear whole."""
