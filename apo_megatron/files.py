@@ -6,6 +6,15 @@ import os
 from pathlib import Path
 
 
+def make_durable(path: str | Path) -> None:
+    """Have the contents of a file, or the names in a folder, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: str | Path, text: str) -> None:
     """Write ``text`` beside ``path``, then rename: there is the old content or the new, nothing between."""
     path = Path(path)

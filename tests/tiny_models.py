@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from tokenizers import Tokenizer
@@ -26,19 +26,7 @@ Family = Literal[
     "deepseek_v2",
     "deepseek_v3",
 ]
-FAMILIES: tuple[Family, ...] = (
-    "qwen2",
-    "qwen2_tied",
-    "qwen3",
-    "llama3",
-    "llama3_tied",
-    "mistral",
-    "mixtral",
-    "qwen3_moe",
-    "qwen3_moe_mixed",
-    "deepseek_v2",
-    "deepseek_v3",
-)
+FAMILIES: tuple[Family, ...] = get_args(Family)
 MOE_FAMILIES: tuple[Family, ...] = FAMILIES[FAMILIES.index("mixtral") :]
 PAD_TOKEN_ID, EOS_TOKEN_ID = 0, 1
 

@@ -8,7 +8,6 @@ latest          the name of the checkpoint to go on from, moved last
 from __future__ import annotations
 
 import math
-import os
 import re
 import secrets
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from apo_megatron.actor.checkpoint_state import CheckpointState
 from apo_megatron.errors import CheckpointError
-from apo_megatron.files import write_atomically
+from apo_megatron.files import make_durable, write_atomically
 
 STATE_FILE = "state.json"
 LATEST_FILE = "latest"
@@ -83,7 +82,7 @@ class CheckpointFolder:
         # A disk that is full already shows here, before the ranks are in the middle of an exchange.
         probe = partial / "probe"
         probe.write_bytes(bytes(_PROBE_BYTES))
-        _sync(probe)
+        make_durable(probe)
         probe.unlink()
         return partial
 
@@ -95,13 +94,13 @@ class CheckpointFolder:
             if path.is_file()
         }
         (partial / STATE_FILE).write_text(replace(state, files=sizes).to_json(), encoding="utf-8")
-        _make_durable(partial)
+        _make_all_but_shards_durable(partial)
         final = self.path(state.step)
         if final.exists():  # of a run that went on from an older checkpoint: ``latest`` does not name it
             self._remove(final)
         partial.rename(final)
         write_atomically(self.root / LATEST_FILE, final.name)
-        _sync(self.root)
+        make_durable(self.root)
         if self._keep_last and not keep_all:
             self._prune(state.step)
         return final
@@ -152,16 +151,8 @@ class CheckpointFolder:
         return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
 
 
-def _make_durable(folder: Path) -> None:
-    """Have everything below ``folder`` survive a power failure. Ranks do so with their shards themselves."""
+def _make_all_but_shards_durable(folder: Path) -> None:
+    """Have everything below ``folder`` on the disk; ranks do so with their own shards."""
     for path in (*folder.rglob("*"), folder):
         if path.suffix != ".distcp":
-            _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            make_durable(path)

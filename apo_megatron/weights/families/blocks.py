@@ -110,6 +110,15 @@ def dense_mlp(a: Architecture, layers: tuple[int, ...] | None = None) -> Iterato
     yield from _swiglu(MLP, hf, a.ffn_hidden_size, a.hidden_size, layers)
 
 
+def dense_or_expert_mlp(a: Architecture) -> Iterator[ParamRule]:
+    """Experts in the layers that have them, one dense network in the others."""
+    assert a.experts is not None
+    dense = tuple(layer for layer, has_experts in enumerate(a.experts.layers) if not has_experts)
+    if dense:
+        yield from dense_mlp(a, dense)
+    yield from expert_mlp(a)
+
+
 def expert_mlp(
     a: Architecture,
     hf_router: str = "mlp.gate",

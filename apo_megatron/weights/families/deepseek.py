@@ -63,10 +63,6 @@ def _read(config: ConfigReader, **routing: Any) -> Architecture:
 
 
 def rules(architecture: Architecture, padded_vocab_size: int) -> Iterator[ParamRule]:
-    assert architecture.experts is not None
-    dense = tuple(i for i, has_experts in enumerate(architecture.experts.layers) if not has_experts)
     yield from blocks.ends(architecture, padded_vocab_size)
     yield from blocks.latent_attention(architecture)
-    if dense:
-        yield from blocks.dense_mlp(architecture, dense)
-    yield from blocks.expert_mlp(architecture)
+    yield from blocks.dense_or_expert_mlp(architecture)

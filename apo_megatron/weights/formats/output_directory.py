@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from apo_megatron.errors import CheckpointError
+from apo_megatron.files import make_durable
 from apo_megatron.parallel.collectives import barrier
 from apo_megatron.parallel.world import World
 
@@ -78,7 +79,7 @@ def written_aside(folder: Path, world: World) -> Iterator[Path]:
 
 def _put_in_place(partial: Path, folder: Path) -> None:
     for path in (partial, *(p for p in partial.rglob("*") if not p.is_symlink())):
-        _make_durable(path)
+        make_durable(path)
     replaced = _replaced(folder)
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -89,21 +90,12 @@ def _put_in_place(partial: Path, folder: Path) -> None:
         if replaced.exists():
             replaced.rename(folder)
         raise
-    _make_durable(folder.parent)
+    make_durable(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _replaced(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.replaced")
-
-
-def _make_durable(path: Path) -> None:
-    """Have contents and names survive a power failure; a rename alone promises neither."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _may_be_replaced(folder: Path) -> bool:
