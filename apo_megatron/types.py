@@ -39,7 +39,12 @@ class Completion:
     log_probs: np.ndarray  # [R] float32, of softmax(logits / T), before top-p / top-k filtering
     text: str  # decoded without the stop token
     finish_reason: FinishReason
-    policy_version: int  # weights that produced it
+    versions: tuple[tuple[int, int], ...]  # (policy version, tokens drawn with it), in order; adds up to R
+
+    @property
+    def policy_version(self) -> int:
+        """The oldest weights that any of its tokens was drawn with."""
+        return min(version for version, _ in self.versions)
 
 
 @dataclass

@@ -117,7 +117,7 @@ def test_verifier_uses_equal_numbers_as_often_as_given_and_works_from_left_to_ri
 
 
 def completion(text: str, finish_reason: FinishReason = "stop") -> Completion:
-    return Completion(np.zeros(1, np.int32), np.zeros(1, np.float32), text, finish_reason, 0)
+    return Completion(np.zeros(1, np.int32), np.zeros(1, np.float32), text, finish_reason, ((0, 1),))
 
 
 def problem(**fields: Any) -> Prompt:

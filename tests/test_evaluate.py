@@ -55,7 +55,13 @@ class ScriptedEngine:
         token_ids = np.zeros(1 + sample % 2, dtype=np.int32)
         reason = "length" if sample % 3 == 0 else "stop"
         text = f" {prompt.fields['i'] + sample} "
-        return Completion(token_ids, np.zeros(len(token_ids), np.float32), text, reason, self.policy_version)  # type: ignore[arg-type]
+        return Completion(
+            token_ids,
+            np.zeros(len(token_ids), np.float32),
+            text,
+            reason,
+            ((self.policy_version, len(token_ids)),),
+        )  # type: ignore[arg-type]
 
     def update_weights(self, source: Any, version: int) -> None: ...
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from apo_megatron.config.rollout import RolloutConfig
 from apo_megatron.config.section import (
     FrozenList,
     NonNegativeFloat,
@@ -98,25 +99,14 @@ class DataConfig(Section):
     shuffle: bool = Field(True, description="Shuffle every epoch, from train.seed.")
 
 
-class RolloutConfig(Section):
-    """How samples are drawn during training. Its temperature is the T of every distribution."""
-
-    engine: Literal["embedded"] = Field("embedded", description="embedded: transformers in this process.")
-    group_size: PositiveInt = Field(16, description="G: samples per prompt.")
-    temperature: PositiveFloat = Field(1.0, description="T of sampling, of pi_theta, pi_old and pi_ref.")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling mass.")
-    top_k: NonNegativeInt = Field(0, description="Sample among the k likeliest tokens; 0 = all.")
-    max_new_tokens: PositiveInt = Field(1024, description="Longest response in tokens.")
-    stop_token_ids: FrozenList[NonNegativeInt] = Field(
-        (), description="Stop tokens beside the tokenizer's EOS."
-    )
-    max_batch_size: PositiveInt = Field(1024, description="Sequences decoded together by one rank.")
-
-
 class RewardConfig(Section):
     """What makes an answer right."""
 
     name: Literal["countdown"] = Field("countdown", description="Reward from the registry.")
+    overlong_buffer: NonNegativeInt = Field(
+        0, description="Soft overlong punishment in the last so many tokens of max_new_tokens; 0 = none."
+    )
+    overlong_penalty: PositiveFloat = Field(1.0, description="What the longest answer loses by it (DAPO).")
 
 
 class ObjectiveConfig(Section):
@@ -144,6 +134,15 @@ class ObjectiveConfig(Section):
     support_telemetry: bool = Field(
         True, description="Log anchor metrics for losses that do not need them (one reference pass)."
     )
+    old_log_probs: Literal["recompute", "rollout"] = Field(
+        "recompute", description="log pi_old by the actor's own pass, or as the engine reported it."
+    )
+    mismatch_correction: Literal["none", "tis", "icepop"] = Field(
+        "none", description="Token weights for pi_old / pi_rollout: truncated (TIS) or masked (IcePop)."
+    )
+    tis_cap: PositiveFloat = Field(2.0, description="TIS: largest weight.")
+    icepop_low: PositiveFloat = Field(0.5, description="IcePop: tokens with a smaller ratio get weight 0.")
+    icepop_high: PositiveFloat = Field(5.0, description="IcePop: tokens with a larger ratio get weight 0.")
     use_kl_loss: bool = Field(False, description="KL to the reference on all trained tokens.")
     use_kl_loss_on_wrong: bool = Field(False, description="KL to the reference only where A < 0.")
     kl_loss_coeff: NonNegativeFloat = Field(0.02, description="Weight of either KL loss.")

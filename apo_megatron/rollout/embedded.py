@@ -136,7 +136,7 @@ class EmbeddedEngine:
                 log_probs=log_probs[i, :length].copy(),
                 text=texts[i],
                 finish_reason="stop" if has_stopped else "length",
-                policy_version=self.policy_version,
+                versions=((self.policy_version, length),),
             )
             for i, (length, has_stopped) in enumerate(zip(lengths.tolist(), stopped.tolist(), strict=True))
         ]
