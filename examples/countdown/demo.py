@@ -11,6 +11,7 @@ Every stage is a command of its own, printed before it runs, so that each can be
     OUT        results.json, table.md, comparison.png           report.py
 
 With several seeds each has its folders under OUT/seed0, OUT/seed1, ...
+--rollout sglang draws the samples of RL with a real SGLang server on the CPU (make sglang-cpu builds its environment).
 
 Run again, it goes on after the last stage that finished with the same command (--fresh: from the start).
 """
@@ -43,6 +44,12 @@ BASE_OVERRIDE = "evaluation.at_start="
 # Seconds of a stage on two cores, until this run has measured its own.
 EXPECTED_SECONDS = {"data": 10.0, "sft": 150.0, "rl": 180.0}
 
+SGLANG_PYTHON = ".venv-sglang/bin/python"
+SGLANG = (
+    "rollout.engine=sglang",
+    f"rollout.sglang.python={SGLANG_PYTHON}",
+    "rollout.sglang.server_args=[--max-running-requests, '256']",
+)
 QUICK_DATA = ("--num-demonstrations", "15360", "--num-train", "64", "--num-heldout", "8")
 QUICK_SFT = ("train.num_steps=60", "optimizer.lr_warmup_steps=0")
 QUICK_RL = (
@@ -133,7 +140,9 @@ def sft_stage(folder: Path, seed: int, nproc: int, quick: bool) -> Stage:
     return Stage(f"cold start (seed {seed})", "sft", folder, command, (folder / "hf" / "config.json",))
 
 
-def rl_stage(folder: Path, seed: int, nproc: int, quick: bool, steps: int | None, with_base: bool) -> Stage:
+def rl_stage(
+    folder: Path, seed: int, nproc: int, quick: bool, steps: int | None, with_base: bool, rollout: str
+) -> Stage:
     """RL by the method that ``folder`` is named after; ``with_base`` evaluates the policy it starts from."""
     overrides = (
         f"model.hf_path={folder.parent / BASE / 'hf'}",
@@ -143,6 +152,7 @@ def rl_stage(folder: Path, seed: int, nproc: int, quick: bool, steps: int | None
         f"train.seed={seed}",
         f"{BASE_OVERRIDE}{'true' if with_base else 'false'}",
         *(QUICK_RL if quick else ()),
+        *(SGLANG if rollout == "sglang" else ()),
         *((f"train.num_steps={steps}",) if steps is not None else ()),
     )
     command = _torchrun(nproc, "apo_megatron.train", HERE / f"{folder.name}.yaml", overrides)
@@ -202,12 +212,18 @@ def run_seed(folder: Path, seed: int, options: argparse.Namespace, progress: Pro
             options.quick,
             options.steps,
             with_base=not base_is_elsewhere,
+            rollout=options.rollout,
         )
         run_stage(stage, progress, options.fresh)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
+    if options.rollout == "sglang" and not (ROOT / SGLANG_PYTHON).exists():
+        print(
+            f"error: --rollout sglang needs {SGLANG_PYTHON}: build it with make sglang-cpu", file=sys.stderr
+        )
+        return 2
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that stages end with us
     out = Path(options.out).resolve()
     several = len(options.seeds) > 1
@@ -244,6 +260,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["grpo", "apo"])
     parser.add_argument("--steps", type=int, help="RL steps (default: as in the YAML files)")
     parser.add_argument("--nproc", type=int, default=2, help="Megatron ranks (default: %(default)s)")
+    parser.add_argument("--rollout", choices=["embedded", "sglang"], default="embedded", help="engine")
     parser.add_argument("--quick", action="store_true", help="a few steps only: does it run? Not a result")
     parser.add_argument("--fresh", action="store_true", help="repeat stages that have finished before")
     options = parser.parse_args(argv)
