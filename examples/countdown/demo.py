@@ -11,7 +11,7 @@ Every stage is a command of its own, printed before it runs, so that each can be
     OUT        results.json, table.md, comparison.png           report.py
 
 With several seeds each has its folders under OUT/seed0, OUT/seed1, ...
---rollout sglang draws the samples of RL with a real SGLang server on the CPU (make sglang-cpu builds its environment).
+With --rollout sglang a real SGLang server, on the CPU, draws the samples (make sglang-cpu installs it).
 
 Run again, it goes on after the last stage that finished with the same command (--fresh: from the start).
 """
