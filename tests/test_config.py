@@ -24,6 +24,7 @@ from apo_megatron.config import (
 from apo_megatron.config.describe import describe_type, section_of
 from apo_megatron.config.section import Section
 from apo_megatron.errors import ConfigError
+from apo_megatron.telemetry.field_help import describe_fields
 from tools import document_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,13 @@ def test_overrides_reach_sections_that_the_file_lacks_and_plain_fields(tmp_path:
     assert cfg.rollout.top_p == 0.9
     assert cfg.output_path == "a=b.json"
     assert cfg.evaluation.ks == (1, 8)
+
+
+def test_overrides_reach_a_section_inside_a_section(file: Path) -> None:
+    file.write_text(MINIMAL + "rollout: {sglang: {host: 0.0.0.0}}\n")
+    cfg = load_config(RLConfig, file, ["rollout.sglang.num_servers=2", "rollout.sglang.urls=[http://a:1]"])
+    sglang = cfg.rollout.sglang
+    assert (sglang.host, sglang.num_servers, sglang.urls) == ("0.0.0.0", 2, ("http://a:1",))
 
 
 def test_yaml_1_1_does_not_surprise(file: Path) -> None:
@@ -142,10 +150,26 @@ def test_a_configuration_is_frozen(file: Path) -> None:
             "evaluation: {ks: 8}",
             "run.yaml:4: evaluation.ks: found 8, expected list, each a whole number >= 1",
         ),
+        (
+            "rollout: {sglang: {server_args: [1]}}",
+            "run.yaml:4: rollout.sglang.server_args.0: found 1, expected list, each text",
+        ),
         ("evaluation: {ks: [1, 0]}", "run.yaml:4: evaluation.ks.1: found 0, expected list, each a whole "),
         (
             "reward: countdown",
             "run.yaml:4: reward: found 'countdown', expected a section with the fields name",
+        ),
+        (
+            "rollout:\n  sglang:\n    num_servers: two",
+            "run.yaml:6: rollout.sglang.num_servers: found 'two', expected whole number >= 1",
+        ),
+        (
+            "rollout:\n  sglang: {num_server: 2}",
+            "run.yaml:5: rollout.sglang.num_server: unknown field, did you mean rollout.sglang.num_servers?",
+        ),
+        (
+            "rollout: {sglang: [http://host:1]}",
+            "run.yaml:4: rollout.sglang: found ['http://host:1'], expected a section with the fields urls, ",
         ),
         ("reward:", "run.yaml:4: reward: found null, expected a section with the fields name"),
         ("train: {run_dir: r}", "run.yaml:4: train: given twice, first on line 3: keep one"),
@@ -173,6 +197,30 @@ def test_a_bad_line_is_named(file: Path, extra: str, expected: str) -> None:
         ("trian.seed=3", "override trian.seed=3: trian.seed: unknown field, did you mean train.seed"),
         ("train.seed.x=3", "override train.seed.x=3: train.seed.x: unknown field, did you mean train.seed?"),
         ("train=3", "override train=3: train is a section: name one of its fields, as in train.run_dir=..."),
+        (
+            "rollout.sglang=3",
+            "override rollout.sglang=3: rollout.sglang is a section: name one of its fields, as in "
+            "rollout.sglang.urls=...",
+        ),
+        (
+            "rollout.sglang.num_server=2",
+            "override rollout.sglang.num_server=2: rollout.sglang.num_server: unknown field, did you mean "
+            "rollout.sglang.num_servers?",
+        ),
+        (
+            "rollout.num_servers=2",
+            "override rollout.num_servers=2: rollout.num_servers: unknown field, did you mean "
+            "rollout.sglang.num_servers?",
+        ),
+        (
+            "sglang.num_servers=2",
+            "override sglang.num_servers=2: sglang.num_servers: unknown field, did you mean "
+            "rollout.sglang.num_servers?",
+        ),
+        (
+            "rollout.sglang.num_servers=0",
+            "override rollout.sglang.num_servers=0: rollout.sglang.num_servers: found 0, expected whole",
+        ),
         ("train.seed=[1", "override train.seed=[1: the value is not YAML: "),
         ("train.seed=x", "override train.seed=x: train.seed: found 'x', expected whole number >= 0"),
         ("train.seed=", "override train.seed=: train.seed: found null, expected whole number >= 0"),
@@ -317,6 +365,12 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
+        "correction_compares_two_passes",
+        ["objective.mismatch_correction=tis", "objective.old_log_probs=rollout"],
+        ["objective:", "mismatch_correction=tis", "old_log_probs=rollout"],
+    ),
+    (
+        RLConfig,
         "one_kl_loss_at_most",
         ["objective.use_kl_loss=true", "objective.use_kl_loss_on_wrong=true"],
         ["objective:", "use_kl_loss and use_kl_loss_on_wrong"],
@@ -332,6 +386,71 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
         "constant_goes_with_its_aggregation",
         ["objective.loss_aggregation_constant=100"],
         ["objective:", "loss_aggregation=token-mean", "loss_aggregation_constant", "100"],
+    ),
+    (
+        RLConfig,
+        "servers_come_from_one_place",
+        ["rollout.sglang.urls=[http://host:1]", "rollout.sglang.servers_file=servers.json"],
+        ["rollout.sglang:", "urls and servers_file"],
+    ),
+    (
+        RLConfig,
+        "urls_are_http",
+        ["rollout.sglang.urls=[http://host:1, host:2]"],
+        ["rollout.sglang:", "'host:2'", "http://host:port"],
+    ),
+    (
+        RLConfig,
+        "urls_are_http",
+        ["rollout.sglang.router_url=host"],
+        ["rollout.sglang:", "'host'", "http://host:port"],
+    ),
+    (
+        RLConfig,
+        "urls_are_different",
+        ["rollout.sglang.urls=[http://host:1, http://host:1]"],
+        ["rollout.sglang:", "urls=['http://host:1', 'http://host:1']", "twice"],
+    ),
+    (
+        RLConfig,
+        "asynchronous_needs_servers",
+        ["rollout.asynchronous=true", "rollout.max_staleness=1"],
+        ["rollout:", "asynchronous=true", "engine=embedded"],
+    ),
+    (
+        RLConfig,
+        "asynchronous_needs_servers",
+        ["rollout.engine=sglang", "rollout.asynchronous=true"],
+        ["rollout:", "asynchronous=true", "max_staleness=0"],
+    ),
+    (
+        RLConfig,
+        "partial_rollouts_are_stale",
+        ["rollout.partial_rollouts=true", "rollout.oversampling=1.5"],
+        ["rollout:", "partial_rollouts=true", "max_staleness=0"],
+    ),
+    (
+        RLConfig,
+        "partial_rollouts_are_stale",
+        ["rollout.partial_rollouts=true", "rollout.max_staleness=1"],
+        ["rollout:", "partial_rollouts=true", "oversampling", "asynchronous=true"],
+    ),
+    (
+        RLConfig,
+        "colocated_servers_wait",
+        [
+            "rollout.engine=sglang",
+            "rollout.sglang.colocated=true",
+            "rollout.asynchronous=true",
+            "rollout.max_staleness=1",
+        ],
+        ["rollout:", "sglang.colocated=true", "asynchronous=true"],
+    ),
+    (
+        RLConfig,
+        "overlong_buffer_is_a_part_of_the_response",
+        ["reward.overlong_buffer=8", "rollout.max_new_tokens=8"],
+        ["reward.overlong_buffer=8", "rollout.max_new_tokens=8"],
     ),
     (
         RLConfig,
@@ -490,6 +609,16 @@ def test_the_example_of_the_reference_page_loads(file: Path) -> None:
     load_config(RLConfig, file)
 
 
+def test_a_section_inside_a_section_is_described() -> None:
+    page, help_text = document_config.render(), describe_fields(RLConfig)
+    assert "### `rollout.sglang`\n" in page and "Sections: `model`, " in page
+    assert page.count("| `num_servers` |") == 1 and "| `sglang` |" not in page
+    assert "`urls` must name each server once." in page
+    assert r"mean \|log-prob difference\| (nats)" in page  # a bare | would end the cell
+    assert "\nrollout.sglang: SGLang servers" in help_text
+    assert "\n  rollout.sglang.num_servers=1\n" in help_text
+
+
 @pytest.mark.parametrize("cls", [RLConfig, SFTConfig, EvalConfig])
 def test_every_field_is_documented_and_has_a_type_in_words(cls: type[BaseModel]) -> None:
     for section in _sections_below(cls):
@@ -506,6 +635,7 @@ def test_every_field_is_documented_and_has_a_type_in_words(cls: type[BaseModel])
 def test_a_dumped_configuration_loads_equal(file: Path, tmp_path: Path) -> None:
     overrides = [
         "rollout.stop_token_ids=[3, 5]",
+        "rollout.sglang.urls=[http://host:1, http://host:2]",
         "optimizer.lr=1e-6",
         "model.hf_path=Modèle",
         "evaluation.ks=[1]",

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic.fields import FieldInfo
-
 from apo_megatron.config import EvalConfig, RLConfig, SFTConfig
 from apo_megatron.config.describe import describe_type, describe_value, section_of
 from apo_megatron.config.section import Section
@@ -60,11 +58,8 @@ def _commands() -> Iterator[str]:
     yield "## Commands\n"
     for command, config in COMMANDS.items():
         yield f"### `{command}`\n"
-        sections = [f"`{name}`" for name, info in config.model_fields.items() if section_of(info)]
-        yield f"Sections: {', '.join(sections)}.\n"
-        fields = {name: info for name, info in config.model_fields.items() if not section_of(info)}
-        if fields:
-            yield from _table(fields)
+        yield f"Sections: {', '.join(f'`{name}`' for name, _ in _sections_below(config))}.\n"
+        yield from _table(config)
         yield from _rules(config)
 
 
@@ -72,10 +67,8 @@ def _sections() -> Iterator[str]:
     yield "## Sections\n"
     readers: dict[tuple[str, type[Section]], list[str]] = {}
     for command, config in COMMANDS.items():
-        for name, info in config.model_fields.items():
-            section = section_of(info)
-            if section is not None and issubclass(section, Section):
-                readers.setdefault((name, section), []).append(command)
+        for name, section in _sections_below(config):
+            readers.setdefault((name, section), []).append(command)
     names = [name for name, _ in readers]
     for (name, section), commands in readers.items():
         # Commands may give one name to different sections.
@@ -83,17 +76,30 @@ def _sections() -> Iterator[str]:
         yield f"### {title}\n"
         read_by = ", ".join(f"`{command}`" for command in commands)
         yield f"{_one_line(section.__doc__)} Read by {read_by}.\n"
-        yield from _table(section.model_fields)
+        yield from _table(section)
         yield from _rules(section)
 
 
-def _table(fields: dict[str, FieldInfo]) -> Iterator[str]:
+def _sections_below(config: type[Section], prefix: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """(dotted name, section) of every section in ``config``, each before those inside it."""
+    for name, info in config.model_fields.items():
+        section = section_of(info)
+        if section is not None and issubclass(section, Section):
+            yield f"{prefix}{name}", section
+            yield from _sections_below(section, f"{prefix}{name}.")
+
+
+def _table(section: type[Section]) -> Iterator[str]:
+    fields = {name: info for name, info in section.model_fields.items() if not section_of(info)}
+    if not fields:
+        return
     yield "| Field | Type | Default | Meaning |"
     yield "|---|---|---|---|"
     for name, info in fields.items():
         default = info.default if isinstance(info.default, str) else describe_value(info.default)
         default = "**required**" if info.is_required() else f"`{default}`"
-        yield f"| `{name}` | {describe_type(info)} | {default} | {info.description} |"
+        meaning = str(info.description).replace("|", r"\|")  # the table's own sign
+        yield f"| `{name}` | {describe_type(info)} | {default} | {meaning} |"
     yield ""
 
 

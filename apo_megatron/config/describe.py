@@ -51,7 +51,7 @@ def _type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         choices = [_type_text(p, metadata) for p in parameters if p is not type(None)]
         return " or ".join([*choices, "null"] if type(None) in parameters else choices)
     if origin is tuple:
-        return f"list, each a {_type_text(parameters[0])}"
+        return f"list, each {'' if parameters[0] is str else 'a '}{_type_text(parameters[0])}"
     return " ".join([_TYPE_NAMES[annotation], " and ".join(_bounds(metadata))]).strip()
 
 

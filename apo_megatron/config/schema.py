@@ -140,9 +140,13 @@ class ObjectiveConfig(Section):
     mismatch_correction: Literal["none", "tis", "icepop"] = Field(
         "none", description="Token weights for pi_old / pi_rollout: truncated (TIS) or masked (IcePop)."
     )
-    tis_cap: PositiveFloat = Field(2.0, description="TIS: largest weight.")
-    icepop_low: PositiveFloat = Field(0.5, description="IcePop: tokens with a smaller ratio get weight 0.")
-    icepop_high: PositiveFloat = Field(5.0, description="IcePop: tokens with a larger ratio get weight 0.")
+    tis_cap: Annotated[float, Field(ge=1)] = Field(2.0, description="TIS: largest weight.")
+    icepop_low: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="IcePop: tokens with a smaller ratio get weight 0."
+    )
+    icepop_high: Annotated[float, Field(ge=1)] = Field(
+        5.0, description="IcePop: tokens with a larger ratio get weight 0."
+    )
     use_kl_loss: bool = Field(False, description="KL to the reference on all trained tokens.")
     use_kl_loss_on_wrong: bool = Field(False, description="KL to the reference only where A < 0.")
     kl_loss_coeff: NonNegativeFloat = Field(0.02, description="Weight of either KL loss.")
@@ -169,6 +173,17 @@ class ObjectiveConfig(Section):
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
             return (
                 f"dual_clip={self.dual_clip} must be above 1 + clip_high = {1 + self.clip_high:.4g}, or null"
+            )
+        return None
+
+    @rule
+    def correction_compares_two_passes(self) -> str | None:
+        """`mismatch_correction` needs `old_log_probs` = recompute: taken from the rollout, pi_old is
+        pi_rollout and there is nothing to correct."""
+        if self.mismatch_correction != "none" and self.old_log_probs == "rollout":
+            return (
+                f"mismatch_correction={self.mismatch_correction} with old_log_probs=rollout: both would be "
+                "the engine's log-probs; set old_log_probs=recompute, or mismatch_correction=none"
             )
         return None
 
@@ -351,6 +366,17 @@ class RLConfig(Section):
                 f"rollout.group_size={self.rollout.group_size}: "
                 f"objective.advantage_estimator={self.objective.advantage_estimator} compares the samples "
                 "of a prompt and needs at least 2"
+            )
+        return None
+
+    @rule
+    def overlong_buffer_is_a_part_of_the_response(self) -> str | None:
+        """`reward.overlong_buffer` must be smaller than `rollout.max_new_tokens`, whose end it is."""
+        if self.reward.overlong_buffer >= self.rollout.max_new_tokens:
+            return (
+                f"reward.overlong_buffer={self.reward.overlong_buffer} is not smaller than "
+                f"rollout.max_new_tokens={self.rollout.max_new_tokens}: every answer would be punished for "
+                "its length; lower it, or set 0"
             )
         return None
 
