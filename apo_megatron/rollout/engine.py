@@ -97,9 +97,12 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def recover(self, source: WeightSource) -> None:
-        """Bring engines that came back without the current weights up to date, if there are any. Collective;
-        ``source`` must hold the weights of ``policy_version``. Cheap where there is nothing to do."""
+    def recover(self, source: WeightSource | None) -> bool:
+        """Bring engines that came back without the current weights up to date, if there are any. Collective.
+
+        ``source`` must hold the weights of ``policy_version``; None (the trainer has other ones by now) only
+        looks. Returns whether an engine serves with those weights, the same on every rank. Cheap where there
+        is nothing to do."""
         ...
 
     def sleep(self) -> None:
