@@ -1,4 +1,5 @@
-# `make demo` and `make test` are the two commands. Each first sets up everything it needs in .venv.
+# `make demo` and `make test` are the two commands. Each first sets up everything it needs, in .venv and (a CPU
+# build of SGLang, which wants other versions of the same packages) in .venv-sglang.
 #
 #   PYTHON=...       the interpreter for .venv (3.11 or later)
 #   PIP_ARGS=...     passed to pip, for instance an index with CPU builds of torch (see constraints.txt)
@@ -10,18 +11,26 @@ PYTHON ?= $(shell for p in python3.11 python3; do $$p $(IS_RECENT) && echo $$p &
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+SGLANG_VENV := .venv-sglang
+SGLANG_PYTHON := $(SGLANG_VENV)/bin/python
+SGLANG_INSTALLED := $(SGLANG_VENV)/installed
+SGLANG_FILES := tools/sglang_cpu
+FIND_SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+HAS_PYTHON = $(if $(PYTHON),$(PYTHON) $(IS_RECENT),false) || { \
+    echo "error: found no Python 3.11 or later ('$(PYTHON)'): install one, or name it: make PYTHON=..." >&2; \
+    exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs clean
+.PHONY: help install sglang-cpu both demo test lint format docs clean
 
 help: ## Print this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(INSTALLED) ## Cold start, GRPO and APO on Countdown, compared by Pass@K, in runs/demo
 	$(BIN)/python examples/countdown/demo.py --out runs/demo $(DEMO_ARGS)
 
 # Both parts run, so that one call shows everything that is wrong.
-test: $(INSTALLED) ## Linters and all tests (those that need a GPU are skipped without one)
+test: both ## Linters and all tests (those that need a GPU are skipped without one)
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
 	$(BIN)/python -m pytest $(PYTEST_ARGS) || status=1; \
@@ -43,15 +52,29 @@ docs: $(INSTALLED) ## Write docs/configuration.md from the schema
 
 install: $(INSTALLED) ## Set up .venv only
 
+sglang-cpu: $(SGLANG_INSTALLED) ## Set up .venv-sglang: the real SGLang server on a CPU, for tests and the demo
+
+both: # at the same time: most of it is waiting for downloads
+	@$(MAKE) --no-print-directory -j2 $(INSTALLED) $(SGLANG_INSTALLED)
+
 # The stamp is written last: an interrupted installation is taken up again.
 $(INSTALLED): setup.py constraints.txt
-	@$(if $(PYTHON),$(PYTHON) $(IS_RECENT),false) || { \
-	    echo "error: found no Python 3.11 or later ('$(PYTHON)'): install one, or name it: make PYTHON=..." >&2; \
-	    exit 1; }
+	@$(HAS_PYTHON)
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_ARGS) --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-clean: ## Remove .venv and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+# torch with what it asks for, whichever build the index serves; the rest as listed (what SGLang asks for are
+# CUDA wheels). Python's own packages folder then gets the files that let this run without CUDA.
+$(SGLANG_INSTALLED): $(SGLANG_FILES)/requirements.txt $(wildcard $(SGLANG_FILES)/site_packages/* $(SGLANG_FILES)/site_packages/*/*)
+	@$(HAS_PYTHON)
+	@echo "installing SGLang for CPUs into $(SGLANG_VENV): about 2 minutes and 2.6 GB, pip is quiet"
+	test -x $(SGLANG_VENV)/bin/pip || $(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_PYTHON) -m pip install --quiet $(PIP_ARGS) --constraint $(SGLANG_FILES)/requirements.txt torch
+	$(SGLANG_PYTHON) -m pip install --quiet $(PIP_ARGS) --no-deps --requirement $(SGLANG_FILES)/requirements.txt
+	cp -R $(SGLANG_FILES)/site_packages/. "$$($(SGLANG_PYTHON) $(FIND_SITE_PACKAGES))"
+	touch $@
+
+clean: ## Remove both environments and caches; runs/ stays
+	rm -rf $(VENV) $(SGLANG_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
