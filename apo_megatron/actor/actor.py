@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from apo_megatron.actor.forward_step import (
@@ -22,9 +26,11 @@ from apo_megatron.actor.forward_step import (
     run_forward_backward,
 )
 from apo_megatron.actor.micro_batches import split_into_micro_batches
+from apo_megatron.actor.offload import TrainingStateOffload
 from apo_megatron.actor.optimizer import build_optimizer, build_scheduler
 from apo_megatron.actor.snapshot import WeightSnapshot
 from apo_megatron.config.schema import ModelConfig, OptimizerConfig
+from apo_megatron.data.collate import make_scoring_batch
 from apo_megatron.models.build import build_policy_model
 from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.models.transformer_config import TORCH_DTYPES
@@ -32,7 +38,12 @@ from apo_megatron.objectives.diagnostics import MetricSums
 from apo_megatron.objectives.interface import TokenMetric
 from apo_megatron.objectives.kl import kl_k3
 from apo_megatron.objectives.objective import Objective
-from apo_megatron.parallel.collectives import any_rank, broadcast_from_last_stage, sum_over_data_parallel
+from apo_megatron.parallel.collectives import (
+    all_gather_objects,
+    any_rank,
+    broadcast_from_last_stage,
+    sum_over_data_parallel,
+)
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.parallel.vocab import VocabShard
 from apo_megatron.types import MicroBatch
@@ -44,7 +55,8 @@ class MegatronActor:
     """Policy, optimizer and schedule of this rank. Every method is collective: all ranks call it.
 
     ``num_updates`` is the length of the learning-rate schedule; ``temperature`` divides the logits of
-    every distribution; ``micro_batch_size`` is in sequences.
+    every distribution; ``micro_batch_size`` is in sequences; ``weight_bucket_bytes`` bounds the tensors that
+    ``weight_source`` gathers at a time.
     """
 
     def __init__(
@@ -55,6 +67,7 @@ class MegatronActor:
         micro_batch_size: int,
         num_updates: int,
         temperature: float = 1.0,
+        weight_bucket_bytes: int = 512 * 2**20,
     ) -> None:
         self.parallel = parallel
         self.architecture = read_architecture(model_cfg.hf_path)
@@ -72,10 +85,11 @@ class MegatronActor:
         self.model_chunks = [DistributedDataParallel(self.config, ddp_cfg, model) for model in models]
         # The loss is already divided by the denominators of the whole mini-batch.
         self.config.finalize_model_grads_func = _finalize_without_rescaling
-        self.optimizer = build_optimizer(
+        self._optimizer = build_optimizer(
             optimizer_cfg, self.model_chunks, dtype, parallel.dims.distributed_optimizer
         )
-        self.scheduler = build_scheduler(optimizer_cfg, self.optimizer, num_updates)
+        self._offload = TrainingStateOffload(self.model_chunks, self._optimizer)
+        self.scheduler = build_scheduler(optimizer_cfg, self._optimizer, num_updates)
         self.token_terms = TokenTerms(
             VocabShard.of_rank(
                 parallel.tensor_rank,
@@ -87,7 +101,24 @@ class MegatronActor:
             temperature,
         )
         self.consecutive_skips = self.most_consecutive_skips = 0  # updates that were not finite
-        self._weight_source = WeightSource(models, self.architecture, parallel)
+        self._weight_source = WeightSource(models, self.architecture, parallel, weight_bucket_bytes)
+
+    @property
+    def optimizer(self) -> MegatronOptimizer:
+        """Megatron's optimizer, whose state is there only while the actor is awake."""
+        assert not self._offload.is_out, "the actor sleeps: call wake() first"
+        return self._optimizer
+
+    def sleep(self) -> None:
+        """Free the device memory that only updates need, until ``wake``; no effect on an actor that sleeps.
+
+        Weights, snapshots and passes without gradients work as before; updates and checkpoints do not.
+        """
+        self._offload.move_out()
+
+    def wake(self) -> None:
+        """Bring back what ``sleep`` freed, to the bit; no effect on an actor that is awake."""
+        self._offload.move_in()
 
     def weight_source(self) -> WeightSource:
         """Streams the current weights as Hugging Face tensors."""
@@ -100,6 +131,18 @@ class MegatronActor:
     def weights_from(self, snapshot: WeightSnapshot) -> AbstractContextManager[None]:
         """The model holds ``snapshot``'s weights inside the block."""
         return snapshot.in_place()
+
+    def score(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """log pi of tokens 1..L-1 of each sequence ([L] int, L >= 2) at T = 1: [L - 1] float32, natural logs.
+
+        Every rank passes the same sequences and gets the same bits: those of the first data-parallel rank.
+        """
+        at_one = replace(self.token_terms, temperature=1.0)
+        results = self._forward(make_scoring_batch(token_ids, self.parallel), at_one.log_probs, None)
+        is_speaker = bool(results) and self.parallel.data_rank == self.parallel.tensor_rank == 0
+        found = results["log_probs"].float().cpu().numpy() if is_speaker else None
+        flat = next(f for f in all_gather_objects(found, self.parallel) if f is not None)
+        return np.split(flat, np.cumsum([len(tokens) - 1 for tokens in token_ids])[:-1])
 
     def attach_old_log_probs(self, sequences: MicroBatch, progress: Progress | None = None) -> MicroBatch:
         """Fill ``old_log_probs`` with the log-probs under the current weights (on the last stage)."""
@@ -156,9 +199,9 @@ class MegatronActor:
         A loss or gradient that is not finite leaves weights, optimizer and schedule as they are and
         counts in ``skipped_update`` (and ``most_consecutive_skips``, of the run so far).
         """
+        self.optimizer.zero_grad()
         for chunk in self.model_chunks:
             chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
         sums = MetricSums()
         run_forward_backward(
             self.model_chunks,

@@ -52,9 +52,12 @@ class Batch:
 
 
 def trained_sequences(groups: Sequence[SampleGroup]) -> list[TrainingSequence]:
-    """The samples that carry a gradient: those of groups with mixed rewards that were judged.
+    """The samples that carry a gradient: those of groups with mixed rewards that have an advantage.
 
-    Groups with zero spread have advantage 0 everywhere and are left out.
+    Groups with zero spread have advantage 0 everywhere and are left out. A sample whose advantage is None
+    could not be judged, or was cut at rollout.max_new_tokens and is masked (rollout.mask_truncated): its
+    tokens are in no loss and in no denominator. As in DAPO's overlong filtering (arXiv 2503.14476), masking
+    is done after the advantages of its group are known, so its reward counts in their baseline.
     """
     chosen = []
     for group in groups:
@@ -86,7 +89,8 @@ def make_batch(
 
     The division depends on ``seed`` (run, step) only, and every denominator is taken over a whole
     mini-batch, so loss and gradients do not depend on the layout. With fewer sequences than mini-batches
-    there are fewer mini-batches.
+    there are fewer mini-batches. Where ``objective`` trusts the engine (old_log_probs = rollout), its
+    log-probs are those of the old policy, too.
     """
     assert sequences, "an empty batch is skipped before it is collated"
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(sequences)))
@@ -99,23 +103,34 @@ def make_batch(
         ).float()
     mine = [part[parallel.data_rank :: parallel.dims.data] for part in parts]
     rows = torch.cat(mine).tolist()
-    # Sequence parallelism cuts the padded length into equal pieces.
-    multiple = parallel.dims.tensor if parallel.dims.sequence_parallel else 1
-    padded = _pad([sequences[i] for i in rows], weights[rows].tolist(), multiple)
+    padded = _pad([sequences[i] for i in rows], weights[rows].tolist(), parallel)
     if sequences[0].rollout_log_probs is None:  # demonstrations were not sampled
         padded.pop("rollout_log_probs")
+    elif objective.old_log_probs == "rollout":
+        padded["old_log_probs"] = padded["rollout_log_probs"]
     return Batch(
-        sequences=MicroBatch(**{name: tensor.to(parallel.device) for name, tensor in padded.items()}),
+        sequences=_on_device(padded, parallel),
         mini_batch_sizes=tuple(len(part) for part in mine),
         num_wrong=sum(sequences[row].advantage < 0 for row in rows),
     )
 
 
+def make_scoring_batch(token_ids: Sequence[np.ndarray], parallel: ParallelContext) -> MicroBatch:
+    """All of the sequences on every rank, each [L] int with L >= 2; the mask covers tokens 1..L-1."""
+    assert token_ids and all(len(tokens) >= 2 for tokens in token_ids), "a first token has no log-prob"
+    sequences = [TrainingSequence(tokens, prompt_length=1) for tokens in token_ids]
+    padded = _pad(sequences, [0.0] * len(sequences), parallel)
+    padded.pop("rollout_log_probs")
+    return _on_device(padded, parallel)
+
+
 def _pad(
-    sequences: list[TrainingSequence], weights: list[float], length_multiple: int
+    sequences: list[TrainingSequence], weights: list[float], parallel: ParallelContext
 ) -> dict[str, torch.Tensor]:
     longest = max((len(s.token_ids) for s in sequences), default=2) - 1
-    length = -(-longest // length_multiple) * length_multiple
+    # Sequence parallelism cuts the padded length into equal pieces.
+    multiple = parallel.dims.tensor if parallel.dims.sequence_parallel else 1
+    length = -(-longest // multiple) * multiple
     shape = (len(sequences), length)
     tokens, targets = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     mask = np.zeros(shape, bool)
@@ -139,3 +154,7 @@ def _pad(
         "loss_weights": torch.from_numpy(loss_weights),
         "rollout_log_probs": torch.from_numpy(rollout),
     }
+
+
+def _on_device(padded: dict[str, torch.Tensor], parallel: ParallelContext) -> MicroBatch:
+    return MicroBatch(**{name: tensor.to(parallel.device) for name, tensor in padded.items()})
