@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from apo_megatron.config import ModelConfig, RolloutConfig
 from apo_megatron.errors import CheckpointError, ConfigError, RolloutError
 from apo_megatron.rollout.build import build_engine, load_engine
-from apo_megatron.rollout.embedded import EmbeddedEngine, plan_chunks
+from apo_megatron.rollout.decoding import plan_chunks
+from apo_megatron.rollout.embedded import EmbeddedEngine
 from apo_megatron.rollout.engine import SamplingParams
 from apo_megatron.rollout.sampling import (
     filter_probs,

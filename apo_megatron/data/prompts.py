@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from apo_megatron.data.epochs import EpochOrder
 from apo_megatron.data.jsonl import read_rows
 from apo_megatron.data.tokenizer import encode_texts
-from apo_megatron.errors import DataError
+from apo_megatron.errors import CheckpointError, DataError
 from apo_megatron.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,22 @@ class PromptLoader:
 
     def next_batch(self) -> list[Prompt]:
         """The next ``prompts_per_step`` prompts; a batch may straddle two epochs."""
-        return [self._prompts[i] for i in self._order.take(self._prompts_per_step)]
+        return self.take(self._prompts_per_step)
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next ``count`` prompts."""
+        return [self._prompts[i] for i in self._order.take(count)] if count else []
+
+    def with_ids(self, prompt_ids: Sequence[str]) -> list[Prompt]:
+        """The prompts of these ids. Raises CheckpointError for one that the data does not have."""
+        by_id = {prompt.prompt_id: prompt for prompt in self._prompts}
+        missing = [prompt_id for prompt_id in prompt_ids if prompt_id not in by_id]
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint was drawing samples for the prompt {missing[0]!r}, which data.train_path "
+                "does not have: resume with the same data, or start anew with checkpoint.resume=never"
+            )
+        return [by_id[prompt_id] for prompt_id in prompt_ids]
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data, as plain numbers."""

@@ -1,4 +1,4 @@
-"""From prompts to scored groups with advantages: the data half of a step."""
+"""What is done to the groups of a step: checked, scored, gathered, given advantages, measured."""
 
 from __future__ import annotations
 
@@ -6,20 +6,37 @@ from collections.abc import Sequence
 
 import torch
 
-from apo_megatron.config.schema import ObjectiveConfig, RLConfig
+from apo_megatron.config.schema import ObjectiveConfig, RewardConfig, RLConfig
 from apo_megatron.errors import RolloutError
-from apo_megatron.objectives.advantages import ADVANTAGE_ESTIMATORS, AdvantageInputs
+from apo_megatron.objectives.advantages import ADVANTAGE_ESTIMATORS, MIN_SPREAD, AdvantageInputs
 from apo_megatron.parallel.collectives import all_gather_objects
 from apo_megatron.parallel.state import ParallelContext
+from apo_megatron.rewards.overlong import shaped_rewards
 from apo_megatron.rewards.registry import Reward
 from apo_megatron.rollout.engine import Progress, RolloutEngine, SamplingParams
 from apo_megatron.rollout.sampling import sampling_params
-from apo_megatron.types import Prompt, Sample, SampleGroup
+from apo_megatron.types import Completion, Prompt, Sample, SampleGroup
+
+_MAX_STEPS = 1_000_003  # prime: seeds of neighbouring runs do not meet
+_ROUND_SEEDS = 65_537  # apart in the run's seed: a prompt may come again in a later round of a step
+_NO_SHAPING = RewardConfig()
 
 
-def step_sampling(cfg: RLConfig, step: int) -> SamplingParams:
-    """The sampling parameters of ``step``: every step draws from a seed of its own."""
-    return sampling_params(cfg.rollout, seed=cfg.train.seed * 1_000_003 + step)
+def step_sampling(cfg: RLConfig, step: int, round_number: int = 0) -> SamplingParams:
+    """The sampling parameters of a step's round: every one draws from a seed of its own."""
+    seed = cfg.train.seed + round_number * _ROUND_SEEDS
+    return sampling_params(cfg.rollout, seed=seed * _MAX_STEPS + step)
+
+
+def check_versions(prompt: Prompt, completions: Sequence[Completion], oldest: int, newest: int) -> None:
+    """Raises RolloutError where a token comes from weights outside [oldest, newest]."""
+    found = {version for completion in completions for version, _ in completion.versions}
+    if any(not oldest <= version <= newest for version in found):
+        expected = f"{newest}" if oldest == newest else f"{oldest} to {newest}"
+        raise RolloutError(
+            f"prompt {prompt.prompt_id!r}: completions of policy versions {sorted(found)}, expected "
+            f"{expected}: an engine has other weights than it was given, so this cannot be trained on"
+        )
 
 
 def sample_groups(
@@ -54,6 +71,12 @@ def score_groups(groups: Sequence[SampleGroup], reward: Reward) -> None:
             sample.reward = value
 
 
+def is_mixed(group: SampleGroup) -> bool:
+    """Whether a scored group has right and wrong answers: the judged rewards differ."""
+    judged = [s.reward for s in group.samples if s.reward is not None and s.reward == s.reward]
+    return bool(judged) and max(judged) - min(judged) > MIN_SPREAD
+
+
 def gather_groups(
     groups: Sequence[SampleGroup], prompts: Sequence[Prompt], parallel: ParallelContext
 ) -> list[SampleGroup]:
@@ -68,28 +91,33 @@ def gather_groups(
     ]
 
 
-def assign_advantages(groups: Sequence[SampleGroup], objective: ObjectiveConfig) -> None:
-    """Fill in the advantages; samples without a judgement keep None."""
-    rewards = torch.tensor([[sample.reward for sample in group.samples] for group in groups])
-    lengths = torch.tensor(
-        [[len(sample.completion.token_ids) for sample in group.samples] for group in groups]
-    )
+def assign_advantages(
+    groups: Sequence[SampleGroup],
+    objective: ObjectiveConfig,
+    reward: RewardConfig = _NO_SHAPING,
+    max_new_tokens: int = 0,
+) -> None:
+    """Fill in the advantages, from shaped rewards; samples without a judgement keep None."""
+    rewards, lengths = _rewards_and_lengths(groups)
+    shaped = shaped_rewards(rewards, lengths, reward, max_new_tokens)
     estimator = ADVANTAGE_ESTIMATORS[objective.advantage_estimator]
-    advantages = estimator(AdvantageInputs(rewards, lengths))
+    advantages = estimator(AdvantageInputs(shaped, lengths))
     for group, row, judged in zip(groups, advantages.tolist(), (~rewards.isnan()).tolist(), strict=True):
         for sample, advantage, is_judged in zip(group.samples, row, judged, strict=True):
             sample.advantage = advantage if is_judged else None
 
 
-def group_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
-    """What the samples of a step say: reward, mixed groups, lengths, truncation."""
+def group_metrics(
+    groups: Sequence[SampleGroup], reward: RewardConfig = _NO_SHAPING, max_new_tokens: int = 0
+) -> dict[str, float]:
+    """What the samples of a step say: reward (unshaped), mixed groups, lengths, truncation."""
     samples = [sample for group in groups for sample in group.samples]
     judged = [sample.reward for sample in samples if sample.reward == sample.reward]
     lengths = [len(sample.completion.token_ids) for sample in samples]
     mixed = [any(sample.advantage for sample in group.samples) for group in groups]
     solved = [any(sample.reward == 1.0 for sample in group.samples) for group in groups]
     truncated = [sample.completion.finish_reason == "length" for sample in samples]
-    return {
+    metrics = {
         "reward": sum(r for r in judged if r is not None) / max(1, len(judged)),
         "mixed_group_share": sum(mixed) / len(groups),
         "solved_group_share": sum(solved) / len(groups),
@@ -98,3 +126,16 @@ def group_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
         "unjudged_share": 1 - len(judged) / len(samples),
         "response_tokens": float(sum(lengths)),
     }
+    if reward.overlong_buffer and judged:
+        shaped = shaped_rewards(*_rewards_and_lengths(groups), reward, max_new_tokens)
+        metrics["shaped_reward"] = float(shaped.nanmean())
+    return metrics
+
+
+def _rewards_and_lengths(groups: Sequence[SampleGroup]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards [P, G] fp32, NaN where not judged, and response lengths [P, G] int64 in tokens."""
+    rewards = torch.tensor([[sample.reward for sample in group.samples] for group in groups])
+    lengths = torch.tensor(
+        [[len(sample.completion.token_ids) for sample in group.samples] for group in groups]
+    )
+    return rewards, lengths

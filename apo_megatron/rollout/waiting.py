@@ -1,0 +1,72 @@
+"""How the ranks wait for what they draw: together, so that an error on one of them ends the wait of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from apo_megatron.errors import DataError, RewardError, RolloutError
+from apo_megatron.parallel.collectives import all_gather_objects
+from apo_megatron.parallel.world import World
+from apo_megatron.rollout.engine import Generation, RolloutEngine
+
+if TYPE_CHECKING:
+    from apo_megatron.weights.source import WeightSource
+
+T = TypeVar("T")
+
+POLL_SECONDS = 0.5  # between two looks at the other ranks and at the servers
+
+
+def on_every_rank(action: Callable[[], T], parallel: World) -> list[T]:
+    """Call ``action`` on every rank; the results by rank, on every rank. Collective.
+
+    Where it raises RolloutError, RewardError or DataError on one rank, all raise the same.
+    """
+    result: T | None = None
+    problem: tuple[type[Exception], str] | None = None
+    cause = None
+    try:
+        result = action()
+    except (RolloutError, RewardError, DataError) as error:
+        problem, cause = (type(error), str(error)), error
+    outcomes = all_gather_objects((result, problem), parallel)
+    for rank, (_, found) in enumerate(outcomes):
+        if found is not None:
+            kind, message = found
+            raise kind(message if rank == 0 else f"rank {rank}: {message}") from cause
+    return [value for value, _ in outcomes]  # type: ignore[misc]
+
+
+def wait_for_generation(
+    generation: Generation,
+    engine: RolloutEngine,
+    source: WeightSource | None,
+    parallel: World,
+    enough: int | None = None,
+    num_complete: Callable[[], int] | None = None,
+) -> bool:
+    """Wait until every rank has its results. Collective; ranks that draw nothing wait with the others.
+
+    Engines that come back meanwhile get the weights of ``source``. What runs is stopped once ``num_complete``
+    (of this rank) adds up to ``enough``, and where no engine has the current weights any more and ``source``
+    is None. Returns whether everything was drawn to its end. Raises RolloutError as ``Generation.wait``, on
+    all ranks.
+    """
+    stopped = enough is not None and enough <= 0
+    if stopped:
+        generation.stop()
+
+    def look() -> tuple[bool, int]:
+        return generation.wait(POLL_SECONDS), 0 if num_complete is None else num_complete()
+
+    while True:
+        states = on_every_rank(look, parallel)
+        if all(is_done for is_done, _ in states):
+            return not stopped
+        if stopped:
+            continue
+        has_enough = enough is not None and sum(count for _, count in states) >= enough
+        if has_enough or not (engine.recover(source) or source is not None):
+            generation.stop()
+            stopped = True
