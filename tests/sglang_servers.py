@@ -1,0 +1,73 @@
+"""The real SGLang server on a CPU, one set of servers for all tests of a session.
+
+A start takes 20 seconds and more, so servers stay until a test asks for another set. ServerPool ends them
+with the session, however that ends.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from apo_megatron.config import ModelConfig
+from apo_megatron.config.rollout import SGLangConfig
+from apo_megatron.rollout.server import ServerPool
+
+PYTHON = Path(__file__).resolve().parent.parent / ".venv-sglang" / "bin" / "python"
+
+
+@dataclass
+class _Running:
+    key: tuple[object, ...]
+    pool: ServerPool
+    log_folder: tempfile.TemporaryDirectory[str]
+
+
+_running: list[_Running] = []  # at most one
+
+
+def sglang_python() -> str:
+    """The interpreter for rollout.sglang.python; fails the test where it is not installed."""
+    if not PYTHON.exists():
+        pytest.fail("there is no .venv-sglang: run `make sglang-cpu`", pytrace=False)
+    return str(PYTHON)
+
+
+def sglang_servers(
+    model_path: str | Path,
+    num_servers: int = 1,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    fresh: bool = False,
+) -> ServerPool:
+    """Servers that answer, with the weights that an earlier test has left them (its version label too).
+
+    ``fresh``: new ones, for a test that needs the weights of ``model_path``. Any test may kill or restart a
+    server of the pool: the next call waits until all serve again. Two sets never run at once (memory): a
+    call for other servers ends those that run.
+    """
+    key = (str(Path(model_path).resolve()), num_servers, dtype)
+    if _running and not fresh and _running[0].key == key and _all_serve(_running[0].pool, num_servers):
+        return _running[0].pool
+    stop_sglang_servers()
+    log_folder = tempfile.TemporaryDirectory(prefix="sglang_servers_")
+    cfg = SGLangConfig(python=sglang_python(), num_servers=num_servers)
+    pool = ServerPool(cfg, ModelConfig(hf_path=key[0], dtype=dtype), Path(log_folder.name), on_cpu=True)
+    _running.append(_Running(key, pool, log_folder))
+    pool.start()
+    return pool
+
+
+def stop_sglang_servers() -> None:
+    """End what runs, for a test that starts servers of its own."""
+    while _running:
+        ended = _running.pop()
+        ended.pool.close()
+        ended.log_folder.cleanup()
+
+
+def _all_serve(pool: ServerPool, num_servers: int) -> bool:
+    return pool.failure() is None and len(pool.addresses()) == num_servers
