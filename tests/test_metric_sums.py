@@ -25,6 +25,7 @@ def metrics_of(values: Tensor, mask: Tensor) -> dict[str, TokenMetric]:
         "mean": TokenMetric(values),
         "share": TokenMetric(values > 1),
         "loss": TokenMetric(values / 100, reduction="sum"),
+        "largest": TokenMetric(values, mask, reduction="max"),
     }
 
 
@@ -45,7 +46,8 @@ def test_means_sums_and_quantiles() -> None:
     for key, q in (("p05", 0.05), ("p50", 0.5), ("p95", 0.95), ("max", 1.0)):
         exact = np.quantile(chosen, q, method="inverted_cdf")
         assert result[f"ratio_{key}"] == pytest.approx(exact, rel=0.0236), key
-    assert not [name for name in result if name.startswith(("mean_", "loss_", "share_"))]
+    assert result["largest"] == pytest.approx(chosen.max(), rel=0.0236)
+    assert not [name for name in result if name.startswith(("mean_", "loss_", "share_", "largest_"))]
 
 
 def test_any_split_gives_the_same_result_also_with_empty_parts() -> None:

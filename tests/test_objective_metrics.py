@@ -62,7 +62,6 @@ def test_metrics_against_plain_sums() -> None:
             "clip_fraction_high": is_high.double().mean(),
             "rectified_clip_fraction": is_low[wrong].double().mean(),
             "wrong_token_fraction": wrong.double().mean(),
-            "rollout_log_prob_gap": torch.tensor(0.01, dtype=torch.float64),
             "entropy": inputs.entropy.detach().mean(),
         }
         for name, value in expected.items():

@@ -37,6 +37,7 @@ from apo_megatron.models.transformer_config import TORCH_DTYPES
 from apo_megatron.objectives.diagnostics import MetricSums
 from apo_megatron.objectives.interface import TokenMetric
 from apo_megatron.objectives.kl import kl_k3
+from apo_megatron.objectives.mismatch import mismatch_metrics
 from apo_megatron.objectives.objective import Objective
 from apo_megatron.parallel.collectives import (
     all_gather_objects,
@@ -152,6 +153,22 @@ class MegatronActor:
         return sequences.with_fields(
             old_log_probs=_at_tokens(results["log_probs"], sequences.loss_mask, fill=0.0)
         )
+
+    def measure_mismatch(self, sequences: MicroBatch, objective: Objective) -> dict[str, float]:
+        """How far the engine that drew ``sequences`` is from the old policy, over all their trained tokens.
+
+        For sequences whose ``old_log_probs`` this actor attached; metrics of ``objectives/mismatch.py``.
+        """
+        sums = MetricSums()
+        if self.parallel.is_last_stage:
+            assert sequences.old_log_probs is not None and sequences.rollout_log_probs is not None
+            mask = sequences.loss_mask
+            sums.add(
+                mismatch_metrics(
+                    sequences.old_log_probs[mask], sequences.rollout_log_probs[mask], objective.cfg
+                )
+            )
+        return self._reduce(sums)
 
     def attach_reference(
         self, sequences: MicroBatch, objective: Objective, progress: Progress | None = None

@@ -1,7 +1,7 @@
 """Per-token metrics as sums that add up over micro-batches and ranks.
 
-Quantiles come from a fixed histogram of log10(value), which adds up too: 50 bins a decade, so a quantile
-is right to 2.4 %, from 1e-40 to 1e20. All of it is one flat tensor, for one all-reduce.
+Quantiles and maxima come from a fixed histogram of log10(value), which adds up too: 50 bins a decade, so
+they are right to 2.4 %, from 1e-40 to 1e20. All of it is one flat tensor, for one all-reduce.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
 
 
 class MetricSums:
-    """Sum and count of every metric, and a histogram of those with quantiles; all float64.
+    """Sum and count of every metric, and a histogram of those with quantiles or a maximum; all float64.
 
     The layout of ``flat`` follows from the names in alphabetical order, so ranks that added metrics of the
     same names (with or without tokens) may add their flat tensors.
@@ -27,7 +27,7 @@ class MetricSums:
 
     def __init__(self) -> None:
         self._states: dict[str, Tensor] = {}  # [2] or [2 + NUM_BINS]: sum, count, histogram
-        self._is_sum: dict[str, bool] = {}
+        self._reductions: dict[str, str] = {}
 
     def add(self, metrics: dict[str, TokenMetric]) -> None:
         """Add the tokens of one micro-batch; names that are new so far start at zero."""
@@ -35,7 +35,7 @@ class MetricSums:
             state = _state_of(metric)
             known = self._states.get(name)
             self._states[name] = state if known is None else known + state
-            self._is_sum[name] = metric.reduction == "sum"
+            self._reductions[name] = metric.reduction
 
     def flat(self) -> Tensor:
         """Everything that adds up, [n] float64; [0] where nothing was added."""
@@ -51,16 +51,18 @@ class MetricSums:
         self._states = dict(zip(names, flat.split(sizes), strict=True))
 
     def finalize(self) -> dict[str, float]:
-        """{name: mean or sum}, with quantiles also name_p05, name_p50, name_p95 and name_max.
+        """{name: mean, sum or maximum}, with quantiles also name_p05, name_p50, name_p95 and name_max.
 
-        A mean over no token has no value and is left out.
+        A mean or maximum over no token has no value and is left out.
         """
         results: dict[str, float] = {}
         for name in sorted(self._states):
             state = self._states[name].cpu()
             total, count = state[:2].tolist()
-            if self._is_sum[name]:
+            if self._reductions[name] == "sum":
                 results[name] = total
+            elif count > 0 and self._reductions[name] == "max":
+                results[name] = _quantiles(state[2:])["max"]
             elif count > 0:
                 results[name] = total / count
                 if len(state) > 2:
@@ -70,13 +72,14 @@ class MetricSums:
 
 def _state_of(metric: TokenMetric) -> Tensor:
     values = metric.values.detach().double()
-    if metric.quantiles:
+    has_histogram = metric.quantiles or metric.reduction == "max"
+    if has_histogram:
         values = values.clamp(max=10.0**LARGEST_EXPONENT)  # one infinite ratio must not hide the others
     mask = torch.ones_like(values, dtype=torch.bool) if metric.mask is None else metric.mask
     selected = torch.where(mask, values, 0.0)
     counts = mask.double()
     state = torch.stack([selected.sum(), counts.sum()])
-    if not metric.quantiles:
+    if not has_histogram:
         return state
     # No boolean indexing here: its result has a size that a GPU would have to report first.
     histogram = state.new_zeros(NUM_BINS).scatter_add_(0, _bin_of(selected), counts)

@@ -35,7 +35,7 @@ class LossInputs:
     anchor_log_mass: Tensor | None = None  # grad; log P over the anchor support S; -inf where S is empty
     reference_anchor_log_mass: Tensor | None = None  # log Z over S; -inf where S is empty
     reference_log_probs: Tensor | None = None  # log pi_ref(y)
-    rollout_log_probs: Tensor | None = None  # log-prob that the engine reported
+    rollout_log_probs: Tensor | None = None  # log pi_rollout(y), as the engine reported it
     sampled_in_support: Tensor | None = None  # [T] bool, y in M; means something only where A < 0
 
 
@@ -45,7 +45,8 @@ class TokenMetric:
 
     values: Tensor  # [T] float or bool; may be anything outside the mask
     mask: Tensor | None = None  # [T] bool, tokens that count; None = all
-    reduction: Literal["mean", "sum"] = "mean"  # sum: of shares that were weighted before
+    # sum: of shares that were weighted before; max: the largest value (not negative), to 2.4 %
+    reduction: Literal["mean", "sum", "max"] = "mean"
     quantiles: bool = False  # also report 5, 50, 95 % and the maximum; values must not be negative
 
 

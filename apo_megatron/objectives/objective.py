@@ -10,6 +10,7 @@ from torch import Tensor
 
 from apo_megatron.config.schema import ObjectiveConfig
 from apo_megatron.objectives.interface import LossInputs, Need, TokenMetric
+from apo_megatron.objectives.mismatch import corrected_loss
 from apo_megatron.objectives.registry import POLICY_LOSSES, PolicyLossSpec
 from apo_megatron.objectives.regularizers import entropy_bonus, kl_penalty
 from apo_megatron.objectives.token_metrics import policy_metrics, reference_metrics, support_metrics
@@ -32,6 +33,8 @@ class Objective:
             needs.add("reference_log_probs")
         if self.uses_entropy_bonus:
             needs.add("entropy_grad")
+        if self.uses_mismatch_correction:
+            needs.add("rollout_log_probs")
         return frozenset(needs)
 
     @property
@@ -41,6 +44,10 @@ class Objective:
     @property
     def uses_entropy_bonus(self) -> bool:
         return self.cfg.entropy_coeff > 0
+
+    @property
+    def uses_mismatch_correction(self) -> bool:
+        return self.cfg.mismatch_correction != "none"
 
     @property
     def needs_reference_log_probs(self) -> bool:
@@ -79,6 +86,9 @@ class Objective:
         """
         outputs = self.spec.function(inputs, self.cfg)
         loss, metrics = outputs.loss, dict(outputs.metrics)
+        if self.uses_mismatch_correction:
+            assert inputs.rollout_log_probs is not None
+            loss = corrected_loss(loss, inputs.old_log_probs, inputs.rollout_log_probs, self.cfg)
         if self.spec.uses_rollouts:
             metrics["policy_loss"] = TokenMetric(loss)
         if self.uses_kl_penalty:

@@ -37,22 +37,16 @@ def clip_metrics(ratio: Tensor, advantages: Tensor, cfg: ObjectiveConfig) -> Met
 
 @torch.no_grad()
 def policy_metrics(inputs: LossInputs) -> Metrics:
-    """Distance to the old policy and to the rollout engine.
-
-    ``kl_old`` is k3 of KL(pi_old || pi_theta), whose samples these are: r - 1 - log r.
-    ``rollout_log_prob_gap`` is |old_log_probs - rollout_log_probs| in nats: the same weights, two engines.
+    """Distance to the old policy; ``kl_old`` is k3 of KL(pi_old || pi_theta), whose samples these are:
+    r - 1 - log r.
     """
-    metrics = {
+    return {
         "importance_ratio": TokenMetric(
             importance_ratio(inputs.log_probs, inputs.old_log_probs), quantiles=True
         ),
         "kl_old": TokenMetric(kl_k3(inputs.old_log_probs, inputs.log_probs)),
         "wrong_token_fraction": TokenMetric(inputs.advantages < 0),
     }
-    if inputs.rollout_log_probs is not None:
-        gap = (inputs.old_log_probs - inputs.rollout_log_probs).abs()
-        metrics["rollout_log_prob_gap"] = TokenMetric(gap, quantiles=True)
-    return metrics
 
 
 @torch.no_grad()

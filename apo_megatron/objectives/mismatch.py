@@ -1,0 +1,71 @@
+"""The engine that draws the samples is not quite the policy that is trained: how far off, and what to do.
+
+The same weights give other log-probs in another implementation or precision, and samples may come from older
+weights. rho = pi_old / pi_rollout of the sampled token says by how much: pi_old by the actor's own pass,
+pi_rollout as the engine reported it when it drew the token. All tensors are [T] float; rho is held within
+exp(+-20), as the importance ratio is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apo_megatron.config.schema import ObjectiveConfig
+from apo_megatron.objectives.interface import TokenMetric
+from apo_megatron.objectives.kl import kl_k3
+from apo_megatron.objectives.ratios import importance_ratio
+
+
+def corrected_loss(
+    loss: Tensor, old_log_probs: Tensor, rollout_log_probs: Tensor, cfg: ObjectiveConfig
+) -> Tensor:
+    """The policy loss of each token times its weight, [T]; a masked token has loss 0 and gradient 0.
+
+    The denominators of the aggregation stay those of all trained tokens.
+    """
+    weights = mismatch_weights(old_log_probs, rollout_log_probs, cfg)
+    return torch.where(weights == 0, 0.0, weights * loss)
+
+
+@torch.no_grad()
+def mismatch_weights(old_log_probs: Tensor, rollout_log_probs: Tensor, cfg: ObjectiveConfig) -> Tensor:
+    """What the policy loss of each token is multiplied by, [T] without a gradient.
+
+    - ``tis``: min(rho, tis_cap), truncated importance sampling (https://fengyao.notion.site/off-policy-rl);
+    - ``icepop``: rho where icepop_low <= rho <= icepop_high, else 0 (IcePop, arXiv 2510.18855);
+    - ``none``: 1.
+    """
+    ratio = importance_ratio(old_log_probs, rollout_log_probs)
+    if cfg.mismatch_correction == "tis":
+        return ratio.clamp(max=cfg.tis_cap)
+    if cfg.mismatch_correction == "icepop":
+        return torch.where(_is_corrected(ratio, cfg), 0.0, ratio)
+    return torch.ones_like(ratio)
+
+
+@torch.no_grad()
+def mismatch_metrics(
+    old_log_probs: Tensor, rollout_log_probs: Tensor, cfg: ObjectiveConfig
+) -> dict[str, TokenMetric]:
+    """The gap |log rho| in nats, its largest value, k3 of KL(pi_rollout || pi_old), whose samples these are,
+    rho itself, and the share of tokens whose weight is not rho because it was truncated or masked.
+    """
+    ratio = importance_ratio(old_log_probs, rollout_log_probs)
+    gap = (old_log_probs - rollout_log_probs).abs()
+    return {
+        "mismatch/log_prob_gap_mean": TokenMetric(gap),
+        "mismatch/log_prob_gap_max": TokenMetric(gap, reduction="max"),
+        "mismatch/kl_k3": TokenMetric(kl_k3(rollout_log_probs, old_log_probs)),
+        "mismatch/ratio": TokenMetric(ratio, quantiles=True),
+        "mismatch/corrected_share": TokenMetric(_is_corrected(ratio, cfg)),
+    }
+
+
+def _is_corrected(ratio: Tensor, cfg: ObjectiveConfig) -> Tensor:
+    """[T] bool: truncated by TIS, or masked by IcePop."""
+    if cfg.mismatch_correction == "tis":
+        return ratio > cfg.tis_cap
+    if cfg.mismatch_correction == "icepop":
+        return (ratio < cfg.icepop_low) | (ratio > cfg.icepop_high)
+    return torch.zeros_like(ratio, dtype=torch.bool)
