@@ -1,0 +1,316 @@
+"""The rollout engine of the production path: SGLang servers over HTTP, with weights pushed into them.
+
+Who does what: sglang_client.py speaks to one server; sglang_servers.py knows which ones this rank can use;
+sglang_generation.py draws and retries; sglang_update.py brings weights in and proves it; server_sources.py
+says which servers there are; transport.py carries the weights. This file ties them together, and keeps the
+ranks together: rank 0 decides, the others follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import monotonic, sleep
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import aiohttp
+
+from apo_megatron.config.rollout import RolloutConfig
+from apo_megatron.errors import RolloutError
+from apo_megatron.parallel.collectives import all_reduce_max
+from apo_megatron.parallel.world import World
+from apo_megatron.rollout.engine import Probe, Progress, SampleRequest, SamplingParams
+from apo_megatron.rollout.event_loop import EventLoopThread
+from apo_megatron.rollout.server_sources import ServerSource
+from apo_megatron.rollout.sglang_client import SGLangClient, open_session
+from apo_megatron.rollout.sglang_generation import ABORT_SECONDS, Decode, DrawSettings, SGLangGeneration
+from apo_megatron.rollout.sglang_servers import ServerSet
+from apo_megatron.rollout.sglang_update import UpdateOutcome, WeightUpdater, run_on_main
+from apo_megatron.types import Completion, Prompt
+
+if TYPE_CHECKING:
+    from apo_megatron.rollout.transport import WeightTransport
+    from apo_megatron.weights.source import WeightSource
+
+NOTE_SECONDS = 10.0  # between two status lines while there is nothing to do but wait
+POLL_SECONDS = 0.5
+# What rank 0 finds when the engine looks at its servers.
+_NONE_USABLE, _SOME_USABLE, _SOME_BEHIND, _SOME_BEHIND_SOME_USABLE, _NO_HOPE = range(5)
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What a request must keep to: a server ends at a token that the model does not have."""
+
+    vocab_size: int
+    max_positions: int
+    eos_token_ids: frozenset[int]
+
+
+class SGLangEngine:
+    """Draws with SGLang servers. A ``RolloutEngine``.
+
+    ``source`` is given on rank 0 only. ``note`` takes status lines, on rank 0.
+    """
+
+    def __init__(
+        self,
+        cfg: RolloutConfig,
+        limits: ModelLimits,
+        decode: Decode,
+        parallel: World,
+        loop: EventLoopThread,
+        transport: WeightTransport,
+        source: ServerSource | None,
+        api_key: str | None,
+        note: Callable[[str], None],
+    ) -> None:
+        assert (source is not None) == parallel.is_main
+        self.policy_version = -1
+        self._cfg, self._limits, self._decode = cfg, limits, decode
+        self._parallel, self._loop, self._transport = parallel, loop, transport
+        self._source, self._note = source, note
+        self._session = loop.run(open_session(api_key))
+        self._servers = loop.run(_make_servers(cfg, limits, self._session, parallel.rank, source))
+        self._updater = WeightUpdater(parallel, loop, transport, cfg.max_canary_gap)
+        self._run_id = run_on_main(lambda: uuid4().hex[:8], parallel)
+        self._probe: Probe | None = None
+        self._generations: list[SGLangGeneration] = []
+        self._is_asleep = False
+        self._give_up_at = 0.0  # rank 0: monotonic seconds, the end of its patience in update_weights
+        self._failure: str | None = None  # rank 0: why there is no hope
+        self._last_note = monotonic()
+
+    # Drawing: no collective
+
+    def start(
+        self, requests: Sequence[SampleRequest], sampling: SamplingParams, progress: Progress | None = None
+    ) -> SGLangGeneration:
+        """See ``RolloutEngine``. Raises RolloutError for what must not be sent: tokens that the model does
+        not have, or more of them than it has positions."""
+        stop_token_ids = tuple(sorted(self._limits.eos_token_ids | set(sampling.stop_token_ids)))
+        self._check(requests, sampling, stop_token_ids)
+        settings = DrawSettings(
+            sampling,
+            stop_token_ids,
+            self.policy_version,
+            self._cfg.sglang.max_attempts,
+            # A router takes one set of parameters for all samples, and one seed would make them equal.
+            sends_seeds=self._cfg.sglang.router_url is None,
+            decode=self._decode,
+        )
+        generation = SGLangGeneration(requests, settings, self._servers, self._loop, progress)
+        self._generations = [*(g for g in self._generations if not g.has_ended()), generation]
+        return generation
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, progress: Progress | None = None
+    ) -> list[list[Completion]]:
+        """See ``RolloutEngine``. Raises RolloutError as ``start`` and ``Generation.wait`` do."""
+        requests = [SampleRequest(prompt, sampling.num_samples) for prompt in prompts]
+        generation = self.start(requests, sampling, progress)
+        while not generation.wait(POLL_SECONDS):
+            self._note_outage()
+        return generation.results()
+
+    # Weights: collective
+
+    def update_weights(
+        self, source: WeightSource, version: int, probe: Probe | None = None
+    ) -> dict[str, float]:
+        """See ``RolloutEngine``. Servers that do not take the weights are left out until ``recover``; where
+        none takes them it is tried again until unavailable_timeout. The metrics are canary_gap (of the
+        worst server) and num_servers."""
+        self.policy_version = -1
+        self._stop_generations()
+        label = f"{self._run_id}-{version}"
+        self._give_up_at = monotonic() + self._cfg.sglang.unavailable_timeout
+        outcome = UpdateOutcome({}, {})
+        while not outcome.proofs:
+            names: list[str] = []
+            while not names:  # in slices: a collective must not outlast the time-out of its group
+                names = self._agree(self._wait_for_servers)
+            outcome = self._push(names, source, label, probe)
+        self.policy_version, self._probe = version, probe
+        metrics = {"num_servers": float(len(outcome.proofs))}
+        if probe is not None:
+            metrics["canary_gap"] = max(proof.canary_gap for proof in outcome.proofs.values())
+        return metrics
+
+    def recover(self, source: WeightSource | None) -> bool:
+        """See ``RolloutEngine``. Raises RolloutError where no server is usable and none will come back."""
+        assert self.policy_version >= 0, "recover comes after update_weights"
+        found = all_reduce_max(self._look_around() if self._parallel.is_main else 0, self._parallel)
+        if found == _NO_HOPE:
+            run_on_main(self._raise_failure, self._parallel)
+        if found < _SOME_BEHIND or source is None:
+            return found in (_SOME_USABLE, _SOME_BEHIND_SOME_USABLE)
+        names = self._agree(lambda: self._loop.run(self._servers.behind()))
+        self._push(names, source, self._servers.label, self._probe)
+        return run_on_main(lambda: bool(self._loop.run(self._servers.usable())), self._parallel)
+
+    def sleep(self) -> None:
+        """See ``RolloutEngine``. Servers with GPUs of their own stay as they are."""
+        if not self._cfg.sglang.colocated:
+            return
+        self._stop_generations()
+        names = self._agree(lambda: self._loop.run(self._servers.usable()))
+        self._loop.run(self._servers.stop_watching(names))
+        problems = self._updater.put_to_sleep([self._servers[name] for name in names], self._servers.label)
+        self._loop.run(self._servers.set_updated("", [], problems))
+        self._note_problems(problems)
+        self._is_asleep = True
+
+    def close(self) -> None:
+        """End what runs, the connections, and the servers that this run has started."""
+        self.policy_version = -1
+        try:
+            self._stop_generations()
+            self._transport.close()
+            self._loop.run(_close_connections(self._servers, self._session))
+        finally:
+            if self._source is not None:
+                self._source.close()
+            self._loop.close()
+
+    def _push(
+        self, names: Sequence[str], source: WeightSource, label: str, probe: Probe | None
+    ) -> UpdateOutcome:
+        """Collective: the weights into these servers, which are used from then on."""
+        self._loop.run(self._servers.stop_watching(names))  # paused, they answer no health check
+        outcome = self._updater.update([self._servers[name] for name in names], source, label, probe)
+        self._loop.run(self._servers.set_updated(label, outcome.proofs, outcome.problems))
+        self._loop.run(self._servers.watch())
+        self._note_problems(outcome.problems)
+        self._is_asleep = False
+        return outcome
+
+    def _agree(self, choose: Callable[[], list[str]]) -> list[str]:
+        """The names of servers that rank 0 chooses; every rank then knows the same servers as that one."""
+        names, addresses = run_on_main(
+            lambda: (choose(), self._loop.run(self._servers.addresses())), self._parallel
+        )
+        self._loop.run(self._servers.replace(addresses))
+        return names
+
+    def _stop_generations(self) -> None:
+        for generation in self._generations:
+            generation.stop()
+        for generation in self._generations:
+            generation.wait_for_end(3 * ABORT_SECONDS)
+        self._generations = []
+
+    # Rank 0
+
+    def _wait_for_servers(self) -> list[str]:
+        """Servers to update, none after NOTE_SECONDS without any."""
+        assert self._source is not None
+        note_at = monotonic() + NOTE_SECONDS
+        while monotonic() < note_at:
+            self._loop.run(self._servers.replace(self._source.addresses()))
+            if self._source.is_starting():
+                self._give_up_at = monotonic() + self._cfg.sglang.unavailable_timeout
+            elif monotonic() > self._give_up_at:
+                raise RolloutError(
+                    f"no SGLang server took the weights for {self._cfg.sglang.unavailable_timeout:g} s "
+                    f"(sglang.unavailable_timeout): {self._servers.describe()}"
+                )
+            names = self._loop.run(self._servers.reachable())
+            if names:
+                return names
+            failure = self._source.failure()
+            if failure is not None:
+                raise RolloutError(failure)
+            sleep(POLL_SECONDS)
+        self._note(f"waiting for SGLang servers: {self._servers.describe()}")
+        return []
+
+    def _look_around(self) -> int:
+        """What there is to do about the servers; the looks themselves happen in the background."""
+        assert self._source is not None
+        try:
+            addresses = self._source.addresses()
+            self._failure = self._source.failure()
+        except RolloutError as error:
+            self._failure = str(error)
+            return _NO_HOPE
+        self._loop.run(self._servers.replace(addresses))
+        self._loop.run(self._servers.watch())
+        is_usable = bool(self._loop.run(self._servers.usable()))
+        if not is_usable and self._failure is not None:
+            return _NO_HOPE
+        self._note_outage()
+        if self._loop.run(self._servers.behind()):
+            return _SOME_BEHIND_SOME_USABLE if is_usable else _SOME_BEHIND
+        return _SOME_USABLE if is_usable else _NONE_USABLE
+
+    def _raise_failure(self) -> None:
+        raise RolloutError(str(self._failure))
+
+    def _note_problems(self, problems: Mapping[str, str]) -> None:
+        if self._parallel.is_main:
+            for problem in problems.values():
+                self._note(f"left out until it takes the weights: {problem}")
+
+    def _note_outage(self) -> None:
+        seconds = self._servers.seconds_without_servers()
+        if self._parallel.is_main and min(seconds, monotonic() - self._last_note) > NOTE_SECONDS:
+            self._last_note = monotonic()
+            self._note(f"no SGLang server is usable for {seconds:.0f} s: {self._servers.describe()}")
+
+    def _check(
+        self, requests: Sequence[SampleRequest], sampling: SamplingParams, stop_token_ids: tuple[int, ...]
+    ) -> None:
+        if self.policy_version < 0 or self._is_asleep:
+            raise RolloutError("the rollout engine has no weights: call update_weights before it draws")
+        limits = self._limits
+        outside = [i for i in stop_token_ids if not 0 <= i < limits.vocab_size]
+        if outside:
+            raise RolloutError(
+                f"stop tokens {outside} lie outside the model's vocabulary of {limits.vocab_size}: mend "
+                "rollout.stop_token_ids, or eos_token_id in generation_config.json"
+            )
+        for prompt in (request.prompt for request in requests):
+            num_tokens = len(prompt.token_ids)
+            assert num_tokens > 0, f"prompt {prompt.prompt_id} is empty"
+            wrong = prompt.token_ids[(prompt.token_ids < 0) | (prompt.token_ids >= limits.vocab_size)]
+            if len(wrong):
+                raise RolloutError(
+                    f"prompt {prompt.prompt_id!r}: token {wrong[0]} lies outside the model's vocabulary of "
+                    f"{limits.vocab_size}, and would end the server: the prompts belong to another tokenizer"
+                )
+            if num_tokens + sampling.max_new_tokens > limits.max_positions:
+                raise RolloutError(
+                    f"prompt {prompt.prompt_id!r}: {num_tokens} tokens + max_new_tokens="
+                    f"{sampling.max_new_tokens} exceed the model's max_position_embeddings="
+                    f"{limits.max_positions}: lower rollout.max_new_tokens or data.max_prompt_length"
+                )
+
+
+async def _make_servers(
+    cfg: RolloutConfig,
+    limits: ModelLimits,
+    session: aiohttp.ClientSession,
+    rank: int,
+    source: ServerSource | None,
+) -> ServerSet:
+    def make_client(name: str, url: str) -> SGLangClient:
+        return SGLangClient(
+            name,
+            url,
+            session,
+            limits.vocab_size,
+            request_timeout=cfg.sglang.request_timeout,
+            update_timeout=cfg.sglang.update_timeout,
+            control_timeout=cfg.sglang.health_timeout,
+        )
+
+    # Ranks begin with different servers: each knows only of its own requests.
+    on_hang = None if source is None else source.restart
+    return ServerSet(cfg.sglang, make_client, first=rank, on_hang=on_hang)
+
+
+async def _close_connections(servers: ServerSet, session: aiohttp.ClientSession) -> None:
+    await servers.close()
+    await session.close()
