@@ -22,7 +22,7 @@ class AdvantageInputs:
     """What an estimator may look at: the groups of a whole step, over all ranks."""
 
     rewards: Tensor  # [P, G] float; NaN = not judged
-    lengths: Tensor  # [P, G] int, response tokens
+    lengths: Tensor  # [P, G] int, response tokens that are trained on: 0 for a sample that is masked
 
 
 AdvantageEstimator = Callable[[AdvantageInputs], Tensor]
