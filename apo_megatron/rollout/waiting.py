@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from apo_megatron.errors import DataError, RewardError, RolloutError
 from apo_megatron.parallel.collectives import all_gather_objects
 from apo_megatron.parallel.world import World
-from apo_megatron.rollout.engine import Generation, RolloutEngine
+from apo_megatron.rollout.engine import Generation, Progress, RolloutEngine
 
 if TYPE_CHECKING:
     from apo_megatron.weights.source import WeightSource
@@ -70,3 +71,35 @@ def wait_for_generation(
         if has_enough or not (engine.recover(source) or source is not None):
             generation.stop()
             stopped = True
+
+
+class LateProgress:
+    """Passes on what is done to the phase that is shown; what is done between two phases, to the next."""
+
+    def __init__(self) -> None:
+        self._phase: Progress | None = None
+        self._num_samples = self._num_tokens = 0  # not told yet
+
+    def __call__(self, num_samples: int, num_tokens: int) -> None:
+        self._num_samples += num_samples
+        self._num_tokens += num_tokens
+        self._tell()
+
+    @contextmanager
+    def told_to(self, phase: Progress | None) -> Iterator[None]:
+        """Tell ``phase`` inside (None: nobody wants to know)."""
+        self._phase = phase or _ignore
+        self._tell()
+        try:
+            yield
+        finally:
+            self._phase = None
+
+    def _tell(self) -> None:
+        if self._phase is not None and self._num_samples:
+            self._phase(self._num_samples, self._num_tokens)
+            self._num_samples = self._num_tokens = 0
+
+
+def _ignore(num_samples: int, num_tokens: int) -> None:
+    """A phase that is not shown."""
