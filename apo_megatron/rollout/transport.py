@@ -1,0 +1,54 @@
+"""How the trainer's weights reach SGLang servers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from apo_megatron.config.rollout import SGLangConfig
+from apo_megatron.parallel.state import ParallelContext
+from apo_megatron.rollout.event_loop import EventLoopThread
+from apo_megatron.rollout.sglang_client import SGLangClient
+from apo_megatron.rollout.transports.broadcast import BroadcastTransport
+from apo_megatron.rollout.transports.disk import DiskTransport
+from apo_megatron.rollout.transports.tensors import TensorTransport
+from apo_megatron.weights.source import WeightSource
+
+
+class WeightTransport(Protocol):
+    """Brings weights into servers that are paused."""
+
+    def push(self, source: WeightSource, servers: Sequence[SGLangClient], label: str) -> dict[str, str]:
+        """Give ``servers`` the weights of ``source``; they show ``label`` once they have all of them.
+
+        Collective, with the same servers on every rank. Returns {server name: problem} for those that did
+        not take everything, the same on every rank: such a server may have a part of the weights, under its
+        old label. A server's failure raises nothing, and holds the push up for at most
+        ``sglang.update_timeout`` in each call. No cache is flushed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the transport holds. Not collective."""
+        ...
+
+
+def build_transport(
+    cfg: SGLangConfig, parallel: ParallelContext, loop: EventLoopThread, folder: Path, same_machine: bool
+) -> WeightTransport:
+    """The transport that ``sglang.weight_transport`` asks for. Collective.
+
+    ``folder`` is where the disk transport writes, unless ``sglang.weight_folder`` says otherwise;
+    ``same_machine`` whether the servers run where ranks do, which decides what "auto" is.
+    """
+    name = cfg.weight_transport
+    if name == "auto":
+        name = "tensors" if same_machine else "broadcast"
+    if name == "tensors":
+        return TensorTransport(parallel, loop, cfg.update_timeout, cfg.tensor_parallel_size)
+    if name == "broadcast":
+        return BroadcastTransport(parallel, loop, cfg.update_timeout, cfg.tensor_parallel_size)
+    if cfg.weight_folder is not None:
+        folder = Path(cfg.weight_folder)
+    return DiskTransport(parallel, loop, cfg.update_timeout, folder)

@@ -1,0 +1,163 @@
+"""Weights by collective communication: for servers on machines or GPUs of their own."""
+
+from __future__ import annotations
+
+import secrets
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apo_megatron.parallel.outside_group import OutsideGroup
+from apo_megatron.parallel.state import ParallelContext
+from apo_megatron.rollout.event_loop import EventLoopThread
+from apo_megatron.rollout.sglang_client import ServerError, SGLangClient
+from apo_megatron.rollout.transports.addresses import address_towards
+from apo_megatron.rollout.transports.delivery import Body, BucketTransport, Delivery, all_of
+from apo_megatron.rollout.transports.flat_bucket import FlatBucket
+from apo_megatron.weights.source import NamedTensors, WeightSource
+
+CLOSE_SECONDS = 5.0
+
+
+@dataclass
+class _Link:
+    server: SGLangClient
+    group: OutsideGroup
+    label: str = ""  # what the server shows since the last push over this group
+
+
+class BroadcastTransport(BucketTransport):
+    """A group for each server: its ranks, and the trainer's rank that serves it.
+
+    Not one group for all: every rank of the trainer has the full tensors, so different ones can send to
+    different servers at once, and a server that dies or hangs breaks nobody else's group. Groups stay between
+    pushes. A bucket is one broadcast of its bytes, while the call that announces it is under way.
+    """
+
+    def __init__(
+        self, parallel: ParallelContext, loop: EventLoopThread, timeout: float, ranks_per_server: int
+    ) -> None:
+        super().__init__(parallel, loop, timeout)
+        self._ranks_per_server = ranks_per_server
+        self._links: dict[str, _Link] = {}
+        self._flat = self._new_flat(0)
+
+    def close(self) -> None:
+        """Have the servers leave the groups, as far as they still answer."""
+
+        async def leave(link: _Link) -> None:
+            with suppress(ServerError):
+                body = {"group_name": link.group.name}
+                await link.server.post("/destroy_weights_update_group", body, timeout=CLOSE_SECONDS)
+
+        self._loop.run(all_of(leave(link) for link in self._links.values()))
+        for name in list(self._links):
+            self._cut(name)
+
+    def _prepare(self, source: WeightSource, delivery: Delivery) -> None:
+        for server in delivery.servers:
+            if server.name in self._links and not self._still_linked(server):
+                self._cut(server.name)
+        joining = []
+        for server in delivery.servers:
+            if server.name not in self._links:
+                group = self._make_group(server)
+                body = {
+                    "master_address": group.address,
+                    "master_port": group.port,
+                    "rank_offset": 1,
+                    "world_size": group.size,
+                    "group_name": group.name,
+                    "backend": group.backend,
+                }
+                answer = delivery.submit([server], "/init_weights_update_group", body)
+                joining.append((server, group.connect(self._timeout), answer))
+                self._links[server.name] = _Link(server, group)
+        for server, joined, answer in joining:
+            self._wait(delivery, server, joined, answer)
+
+    def _still_linked(self, server: SGLangClient) -> bool:
+        """Whether it is the process that joined: one that was started anew shows another label."""
+        try:
+            label = self._loop.run(server.weight_label())
+        except ServerError:
+            return False  # the next call will tell
+        return label == self._links[server.name].label
+
+    def _make_group(self, server: SGLangClient) -> OutsideGroup:
+        parallel = self._parallel
+        return OutsideGroup(
+            # A name of its own: a server refuses one that it knows, also from a group that is broken.
+            f"apo_megatron_{secrets.token_hex(4)}",
+            address_towards(server.url),
+            self._ranks_per_server,
+            parallel.device,
+            parallel.backend,
+        )
+
+    def _send(self, bucket: NamedTensors, delivery: Delivery, is_last: bool) -> None:
+        servers = delivery.servers
+        if not servers:
+            return
+        layout = FlatBucket(bucket)
+        if self._flat.numel() < layout.num_bytes:
+            self._flat = self._new_flat(layout.num_bytes)
+        flat = self._flat[: layout.num_bytes]
+        layout.copy_to(flat)
+        torch.get_device_module(flat.device).synchronize()  # the threads that send have streams of their own
+        sending = [
+            (
+                server,
+                self._links[server.name].group.broadcast(flat, self._timeout),
+                delivery.submit([server], "/update_weights_from_distributed", body),
+            )
+            for server in servers
+            for body in [self._body(server, layout, delivery, is_last)]
+        ]
+        for server, sent, answer in sending:
+            self._wait(delivery, server, sent, answer)
+            if not sent.done():
+                self._flat = self._new_flat(0)  # the other memory may still be read
+
+    def _body(self, server: SGLangClient, layout: FlatBucket, delivery: Delivery, is_last: bool) -> Body:
+        return delivery.update_body(
+            is_last,
+            names=[place.name for place in layout.places],
+            dtypes=[str(place.dtype).removeprefix("torch.") for place in layout.places],
+            shapes=[place.shape for place in layout.places],
+            group_name=self._links[server.name].group.name,
+            load_format="flattened_bucket",
+        )
+
+    def _finish(self, delivery: Delivery) -> None:
+        for server in delivery.servers:
+            self._links[server.name].label = delivery.label
+        self._flat = self._new_flat(0)
+
+    def _wait(
+        self, delivery: Delivery, server: SGLangClient, action: Future[None], answer: Future[None]
+    ) -> None:
+        """Wait for both ends: ours, and the answer to the call. Where one fails the group is closed, which
+        the other end then notices."""
+        wait([action, answer], self._timeout, FIRST_COMPLETED)
+        if server.name not in delivery.problems:
+            try:
+                action.result(self._timeout)
+            except (RuntimeError, TimeoutError) as error:
+                delivery.fail(server, f"group with server {server.name}: {error or 'no end in time'}")
+        if server.name in delivery.problems:
+            self._cut(server.name)
+        answer.result()
+        if server.name in delivery.problems:
+            self._cut(server.name)
+
+    def _cut(self, name: str) -> None:
+        link = self._links.pop(name, None)
+        if link is not None:
+            link.group.close()
+
+    def _new_flat(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._parallel.device)

@@ -1,0 +1,211 @@
+"""Weights by memory that trainer and server share: for servers on the trainer's machines."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.multiprocessing import reductions
+
+from apo_megatron.parallel.collectives import all_gather_objects, barrier
+from apo_megatron.parallel.state import ParallelContext
+from apo_megatron.rollout.event_loop import EventLoopThread
+from apo_megatron.rollout.sglang_client import SGLangClient
+from apo_megatron.rollout.transports.addresses import is_here, machine_id
+from apo_megatron.rollout.transports.delivery import Body, BucketTransport, Delivery
+from apo_megatron.rollout.transports.flat_bucket import FlatBucket, pieces
+from apo_megatron.rollout.transports.pickled import bucket_payload, call, reference, value
+from apo_megatron.rollout.transports.shared_memory import SharedMemory
+from apo_megatron.weights.source import NamedTensors, WeightSource
+
+# What a server takes at a time from CPU memory: little beside a bucket, and so much that the milliseconds of
+# a call do not count.
+PIECE_BYTES = 64 * 2**20
+UPDATE_PATH = "/update_weights_from_tensor"
+_ALIGNMENT = 64  # of a piece in the segment
+# Where CUDA IPC says which device: a number, which another process may count otherwise.
+_DEVICE_ARGUMENT = 6
+
+
+@dataclass(frozen=True)
+class _Route:
+    """The trainer's ranks that a server gets its weights from."""
+
+    owner: int  # talks to it
+    memory_ranks: tuple[int, ...]  # for each of its ranks, whose memory it maps; () where it can map none
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A part of the segment that servers are reading."""
+
+    start: int
+    end: int
+    answers: Future[None]
+
+
+class TensorTransport(BucketTransport):
+    """Sends pickles that refer to memory which the server maps: CUDA IPC on GPUs, shared memory on CPUs.
+
+    A server is served by a rank on its machine. Where there is none, or where /dev/shm is too small, the
+    pickles hold the bytes themselves, which always works and takes many times as long.
+    """
+
+    def __init__(
+        self, parallel: ParallelContext, loop: EventLoopThread, timeout: float, ranks_per_server: int
+    ) -> None:
+        """Collective."""
+        super().__init__(parallel, loop, timeout)
+        self._ranks_per_server = ranks_per_server
+        self._machines = all_gather_objects(machine_id(), parallel)
+        self._routes: dict[str, _Route] = {}
+        self._shared_memory = SharedMemory(loop) if parallel.device.type == "cpu" else None
+        # During a push: servers that map memory, shared memory, what is being read of it.
+        self._mapping: set[str] = set()
+        self._segment: Tensor | None = None
+        self._flight: _Flight | None = None
+
+    def close(self) -> None:
+        """See WeightTransport."""
+        if self._shared_memory is not None:
+            self._shared_memory.close()
+
+    def _served(self, servers: Sequence[SGLangClient]) -> Sequence[SGLangClient]:
+        is_main_machine = self._machines[self._parallel.rank] == self._machines[0]
+        here = [is_here(server.url, is_main_machine) for server in servers]
+        here_by_rank = all_gather_objects(here, self._parallel)
+        num_mapping: Counter[tuple[int, ...]] = Counter()  # server ranks so far, by the ranks near to them
+        self._routes = {}
+        for index, server in enumerate(servers):
+            near = tuple(rank for rank, flags in enumerate(here_by_rank) if flags[index])
+            # Where servers share the trainer's GPUs, in order, each of their ranks maps its own GPU's memory.
+            places = range(num_mapping[near], num_mapping[near] + self._ranks_per_server)
+            num_mapping[near] = places.stop
+            memory_ranks = tuple(near[place % len(near)] for place in places) if near else ()
+            owner = memory_ranks[0] if memory_ranks else index % self._parallel.world
+            self._routes[server.name] = _Route(owner, memory_ranks)
+        return [server for server in servers if self._routes[server.name].owner == self._parallel.rank]
+
+    def _prepare(self, source: WeightSource, delivery: Delivery) -> None:
+        self._mapping = {server.name for server in delivery.servers if self._routes[server.name].memory_ranks}
+        if self._shared_memory is None or not self._mapping:
+            return
+        sizes = [spec.num_bytes for spec in source.tensor_specs()]
+        num_bytes = max(min(sum(sizes), 2 * PIECE_BYTES), *sizes)
+        try:
+            self._segment = self._shared_memory.allocate(num_bytes)
+        except OSError as error:
+            self._mapping = set()
+            warnings.warn(
+                f"weights travel slowly: /dev/shm has no room for {num_bytes / 2**20:.0f} MiB ({error}): "
+                "enlarge it (docker run --shm-size), or set rollout.sglang.weight_transport=broadcast",
+                stacklevel=2,
+            )
+
+    def _send(self, bucket: NamedTensors, delivery: Delivery, is_last: bool) -> None:
+        mapping = [server for server in delivery.servers if server.name in self._mapping]
+        others = [server for server in delivery.servers if server.name not in self._mapping]
+        if self._shared_memory is None:
+            self._send_handles(bucket, mapping, delivery, is_last)
+        elif mapping:
+            self._send_shared(bucket, mapping, delivery, is_last)
+        if others:
+            self._send_inline(bucket, others, delivery, is_last)
+
+    def _send_shared(
+        self, bucket: NamedTensors, servers: list[SGLangClient], delivery: Delivery, is_last: bool
+    ) -> None:
+        """Piece by piece: one is written while the servers read the one before."""
+        assert self._shared_memory is not None and self._segment is not None
+        flat = self._shared_memory.tensor(self._segment.numel())
+        layouts = [FlatBucket(piece) for piece in pieces(bucket, PIECE_BYTES)]
+        for layout in layouts:
+            start = self._free_place(layout.num_bytes)
+            layout.copy_to(self._segment[start:])
+            self._wait_for_flight()
+            payload = bucket_payload(flat, layout.places, start)
+            body = _body([payload] * self._ranks_per_server, delivery, is_last and layout is layouts[-1])
+            answers = delivery.submit(servers, UPDATE_PATH, body)
+            self._flight = _Flight(start, start + layout.num_bytes, answers)
+
+    def _free_place(self, num_bytes: int) -> int:
+        """Where in the segment so much can be written; waits where that is being read."""
+        assert self._segment is not None
+        if self._flight is not None and self._flight.start < num_bytes:
+            behind = -(-self._flight.end // _ALIGNMENT) * _ALIGNMENT
+            if behind + num_bytes <= self._segment.numel():
+                return behind
+            self._wait_for_flight()
+        return 0
+
+    def _wait_for_flight(self) -> None:
+        if self._flight is not None:
+            self._flight.answers.result()
+            self._flight = None
+
+    def _send_handles(
+        self, bucket: NamedTensors, servers: list[SGLangClient], delivery: Delivery, is_last: bool
+    ) -> None:
+        """Collective: a server's ranks may map memory of several of ours."""
+        layout = FlatBucket(bucket)
+        flat = layout.flatten(self._parallel.device)
+        torch.get_device_module(flat.device).synchronize()
+        # A handle for each server rank: torch counts for each who still uses it. Those of servers that have
+        # failed would never be counted down, and are not made.
+        alive = {
+            name for names in all_gather_objects([s.name for s in servers], self._parallel) for name in names
+        }
+        mine = {
+            (name, place): _handle(flat)
+            for name in sorted(alive)
+            for place, rank in enumerate(self._routes[name].memory_ranks)
+            if rank == self._parallel.rank
+        }
+        handles = {
+            key: handle for some in all_gather_objects(mine, self._parallel) for key, handle in some.items()
+        }
+        answers = []
+        for server in servers:
+            places = range(self._ranks_per_server)
+            payloads = [bucket_payload(handles[server.name, place], layout.places) for place in places]
+            answers.append(delivery.submit([server], UPDATE_PATH, _body(payloads, delivery, is_last)))
+        for answer in answers:
+            answer.result()
+        barrier(self._parallel)  # no rank lets its memory go before all have been answered
+
+    def _send_inline(
+        self, bucket: NamedTensors, servers: list[SGLangClient], delivery: Delivery, is_last: bool
+    ) -> None:
+        layouts = [FlatBucket(piece) for piece in pieces(bucket, PIECE_BYTES)]
+        for layout in layouts:
+            payload = bucket_payload(value(layout.flatten(torch.device("cpu"))), layout.places)
+            body = _body([payload] * self._ranks_per_server, delivery, is_last and layout is layouts[-1])
+            delivery.submit(servers, UPDATE_PATH, body).result()
+
+    def _finish(self, delivery: Delivery) -> None:
+        self._wait_for_flight()
+        self._segment = None
+        if self._shared_memory is not None:
+            self._shared_memory.free()
+        else:
+            torch.get_device_module(self._parallel.device).ipc_collect()
+
+
+def _body(payloads: list[str], delivery: Delivery, is_last: bool) -> Body:
+    return delivery.update_body(is_last, serialized_named_tensors=payloads, load_format="flattened_bucket")
+
+
+def _handle(flat: Tensor) -> bytes:
+    """Fragment of a pickle: a tensor on an accelerator, mapped where it is unpickled."""
+    rebuild, arguments = reductions.reduce_tensor(flat)
+    # Devices are numbered differently in other processes. SGLang's unpickler looks the UUID up (it puts a
+    # function of its own in the place of torch's).
+    device = arguments[_DEVICE_ARGUMENT]
+    uuid = torch.get_device_module(flat.device).get_device_properties(device).uuid
+    arguments = (*arguments[:_DEVICE_ARGUMENT], str(uuid), *arguments[_DEVICE_ARGUMENT + 1 :])
+    return call(reference(rebuild.__module__, rebuild.__qualname__), *map(value, arguments))
