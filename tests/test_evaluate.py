@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,10 +18,10 @@ import torch
 import yaml
 
 from apo_megatron.config import EvaluationConfig, RolloutConfig
-from apo_megatron.errors import DataError
+from apo_megatron.errors import DataError, RolloutError
 from apo_megatron.evaluation import pass_at_k
 from apo_megatron.evaluation.harness import PassAtKResult, evaluate_pass_at_k
-from apo_megatron.rollout.engine import Progress, SamplingParams
+from apo_megatron.rollout.engine import Progress, SampleRequest, SamplingParams
 from apo_megatron.types import Completion, Prompt
 from tests.distributed import run_distributed
 from tests.test_rollout import make_engine
@@ -44,6 +45,9 @@ class ScriptedEngine:
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, SamplingParams]] = []
+        self.num_looks = 0  # before the first generation is done
+        self.failure: str | None = None
+        self.sources: list[Any] = []  # that were offered to engines which came back
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, progress: Progress | None = None
@@ -51,21 +55,55 @@ class ScriptedEngine:
         self.calls.append((len(prompts), sampling))
         return [[self._completion(p, s) for s in range(sampling.num_samples)] for p in prompts]
 
+    def start(
+        self, requests: Sequence[SampleRequest], sampling: SamplingParams, progress: Progress | None = None
+    ) -> ScriptedGeneration:
+        answers = self.generate([request.prompt for request in requests], sampling)
+        return ScriptedGeneration(self, answers)
+
     def _completion(self, prompt: Prompt, sample: int) -> Completion:
         token_ids = np.zeros(1 + sample % 2, dtype=np.int32)
-        reason = "length" if sample % 3 == 0 else "stop"
-        text = f" {prompt.fields['i'] + sample} "
         return Completion(
             token_ids,
             np.zeros(len(token_ids), np.float32),
-            text,
-            reason,
+            f" {prompt.fields['i'] + sample} ",
+            "length" if sample % 3 == 0 else "stop",
             ((self.policy_version, len(token_ids)),),
-        )  # type: ignore[arg-type]
+        )
 
-    def update_weights(self, source: Any, version: int) -> None: ...
+    def update_weights(self, source: Any, version: int, probe: Any = None) -> dict[str, float]:
+        return {}
+
+    def recover(self, source: Any) -> bool:
+        self.sources.append(source)
+        return source is not None
+
+    def sleep(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class ScriptedGeneration:
+    """Done after ``num_looks`` of the engine, unless that fails."""
+
+    def __init__(self, engine: ScriptedEngine, answers: list[list[Completion]]) -> None:
+        self._engine, self._answers = engine, answers
+        self._is_stopped = False
+
+    def wait(self, seconds: float) -> bool:
+        if self._engine.failure is not None:
+            raise RolloutError(self._engine.failure)
+        self._engine.num_looks -= 1
+        return self._is_stopped or self._engine.num_looks < 0
+
+    def num_finished(self) -> int:
+        return len(self._answers)
+
+    def stop(self) -> None:
+        self._is_stopped = True
+
+    def results(self) -> list[list[Completion]]:
+        return self._answers
 
 
 class DigitReward:
@@ -141,6 +179,15 @@ def test_no_problems_is_an_error() -> None:
         evaluate_pass_at_k(ScriptedEngine(), [], DigitReward(), EVALUATION, ROLLOUT, None)
 
 
+def test_samples_of_other_weights_are_not_counted() -> None:
+    engine = ScriptedEngine()
+    engine.generate = lambda prompts, sampling: [  # type: ignore[method-assign,assignment,misc]
+        [replace(engine._completion(prompts[0], 0), versions=((6, 1),))] * 8
+    ]
+    with pytest.raises(RolloutError, match=r"'p0'.*versions \[6\], expected 7"):
+        evaluate_pass_at_k(engine, make_prompts(1), DigitReward(), EVALUATION, ROLLOUT, None)
+
+
 def test_evaluation_does_not_depend_on_ranks_and_the_command_writes_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,6 +220,10 @@ def test_evaluation_does_not_depend_on_ranks_and_the_command_writes_json(
     assert 0 < sum(alone.num_correct) < 40
     assert first["problems_shown"] == 5
     assert first["single"] == second["single"] and first["single"]["prompt_ids"] == ["p0"]
+    for rank in (first, second):
+        assert rank["waited"] == {"counts": [2, 2, 2, 2, 1], "offered": True}
+        assert "version 7" in rank["lost"]
+        assert rank["failed"] == "rank 1: the server is gone"
 
     written = json.loads(output.read_text())
     assert PassAtKResult.from_json(written).prompt_ids == ("q0", "q1", "q2", "q3")

@@ -249,14 +249,16 @@ def test_overlong_answers_lose_a_part_of_their_reward_only_in_advantages() -> No
         return SampleGroup(Prompt("p", "", np.zeros(1, np.int32)), samples)
 
     groups = [group([2, 10, 8], [1, 1, 0]), group([1, 1, 10], [0, 1, math.nan])]
-    reward = RewardConfig(overlong_buffer=4, overlong_penalty=0.5)
+    cfg = make_config(max_new_tokens=10)
+    shaping = RewardConfig(overlong_buffer=4, overlong_penalty=0.5)
     objective = ObjectiveConfig(advantage_estimator="dr_grpo")
-    assign_advantages(groups, objective, reward, max_new_tokens=10)
+    shaped = cfg.model_copy(update={"reward": shaping, "objective": objective})
+    assign_advantages(groups, shaped)
     # Shaped: 1, 0.5, -0.25 and 0, 1.
     found = [[sample.advantage for sample in group.samples] for group in groups]
     assert found[0] == pytest.approx([1 - 1.25 / 3, 0.5 - 1.25 / 3, -0.25 - 1.25 / 3])
     assert found[1] == [-0.5, 0.5, None]
-    metrics = group_metrics(groups, reward, max_new_tokens=10)
+    metrics = group_metrics(groups, shaped)
     assert metrics["reward"] == pytest.approx(3 / 5)
     assert metrics["shaped_reward"] == pytest.approx(2.25 / 5)
-    assert "shaped_reward" not in group_metrics(groups, RewardConfig(), max_new_tokens=10)
+    assert "shaped_reward" not in group_metrics(groups, cfg)

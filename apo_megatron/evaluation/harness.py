@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from apo_megatron.config.schema import EvaluationConfig, RolloutConfig
-from apo_megatron.errors import DataError
+from apo_megatron.errors import DataError, RolloutError
 from apo_megatron.evaluation.pass_at_k import bootstrap_interval, pass_at_k
-from apo_megatron.parallel.collectives import all_gather_objects
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.rewards.registry import Reward
-from apo_megatron.rollout.engine import RolloutEngine
+from apo_megatron.rollout.engine import Generation, RolloutEngine, SampleRequest, SamplingParams
+from apo_megatron.rollout.groups import check_versions
 from apo_megatron.rollout.sampling import sampling_params
+from apo_megatron.rollout.waiting import on_every_rank, wait_for_generation
 from apo_megatron.types import Completion, Prompt
+
+if TYPE_CHECKING:
+    from apo_megatron.weights.source import WeightSource
 
 Progress = Callable[[int, int], None]  # (problems, tokens) done since the last call, over all ranks
 
@@ -78,13 +83,15 @@ def evaluate_pass_at_k(
     *,
     num_samples: int | None = None,
     progress: Progress | None = None,
+    source: WeightSource | None = None,
 ) -> PassAtKResult:
     """Pass@K of the engine's weights on ``prompts``, the same result on every rank. Collective.
 
     Problems are spread over the ranks of ``parallel`` (None: this process alone), which all pass the same
     prompts. ``num_samples`` overrides cfg.num_samples; K above it are left out. Temperature, top-p and seed
     come from ``cfg``, response length, stop tokens and batch size from ``rollout``. A reward of at least 1
-    is right. Raises DataError without prompts.
+    is right. ``source`` has the engine's weights, for engines that lose them meanwhile. Raises DataError
+    without prompts, RolloutError and RewardError on every rank where drawing or judging fails on one.
     """
     if not prompts:
         raise DataError("evaluation without problems: evaluation.data_path must name a file with some")
@@ -99,25 +106,61 @@ def evaluate_pass_at_k(
     rank, world = (0, 1) if parallel is None else (parallel.rank, parallel.world)
     mine = prompts[rank::world]
     chunk_size = max(1, rollout.max_batch_size // num_samples)
-    counts: list[_ProblemCounts] = []
-    for start in range(0, len(mine), chunk_size):
+    counts: list[list[_ProblemCounts]] = [[] for _ in range(world)]  # by rank
+    for start in range(0, -(-len(prompts) // world), chunk_size):  # as often on every rank
         chunk = mine[start : start + chunk_size]
-        new = [
-            _count(prompt, completions, reward)
-            for prompt, completions in zip(chunk, engine.generate(chunk, sampling), strict=True)
-        ]
-        if progress is not None:  # the other ranks are about as far
-            done, before = (min(len(prompts), world * n) for n in (len(counts) + len(new), len(counts)))
-            progress(done - before, world * sum(problem.tokens for problem in new))
-        counts += new
-    shares = [counts] if parallel is None else all_gather_objects(counts, parallel)
-    in_order = [shares[i % world][i // world] for i in range(len(prompts))]
+        if parallel is None:
+            shares = [_count_all(chunk, engine.generate(chunk, sampling), reward, engine.policy_version)]
+        else:
+            completions = _generate_together(engine, chunk, sampling, parallel, source)
+            shares = on_every_rank(
+                partial(_count_all, chunk, completions, reward, engine.policy_version), parallel
+            )
+        for of_rank, new in zip(counts, shares, strict=True):
+            of_rank += new
+        if progress is not None:
+            new = [problem for share in shares for problem in share]
+            progress(len(new), sum(problem.tokens for problem in new))
+    in_order = [counts[i % world][i // world] for i in range(len(prompts))]
     return _result(prompts, in_order, num_samples, cfg, engine.policy_version)
+
+
+def _generate_together(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    parallel: ParallelContext,
+    source: WeightSource | None,
+) -> list[list[Completion]]:
+    """``engine.generate`` on all ranks at once; engines that come back are brought up to date. Collective."""
+    started: list[Generation] = []
+    requests = [SampleRequest(prompt, sampling.num_samples) for prompt in prompts]
+    on_every_rank(lambda: started.append(engine.start(requests, sampling)), parallel)
+    if not wait_for_generation(started[0], engine, source, parallel):
+        raise RolloutError(
+            f"no engine has the weights of version {engine.policy_version} any more, and the evaluation "
+            "cannot give them again: start engines and evaluation anew"
+        )
+    return started[0].results()
+
+
+def _count_all(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Completion]],
+    reward: Reward,
+    policy_version: int,
+) -> list[_ProblemCounts]:
+    counts = []
+    for prompt, answers in zip(prompts, completions, strict=True):
+        check_versions(prompt, answers, policy_version, policy_version)
+        counts.append(_count(prompt, answers, reward))
+    return counts
 
 
 def _count(prompt: Prompt, completions: Sequence[Completion], reward: Reward) -> _ProblemCounts:
     rewards = np.array(reward.score(prompt, completions), dtype=np.float64)
     assert rewards.shape == (len(completions),), "a reward must judge every completion"
+    assert all(completion.finish_reason != "abort" for completion in completions), "nobody stopped them"
     right = rewards >= 1  # False for NaN
     return _ProblemCounts(
         correct=int(right.sum()),

@@ -1,4 +1,4 @@
-"""What is done to the groups of a step: checked, scored, gathered, given advantages, measured."""
+"""What is done to the groups of a step: checked, scored, given advantages, measured."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-from apo_megatron.config.schema import ObjectiveConfig, RewardConfig, RLConfig
+from apo_megatron.config.schema import RLConfig
 from apo_megatron.errors import RolloutError
 from apo_megatron.objectives.advantages import ADVANTAGE_ESTIMATORS, MIN_SPREAD, AdvantageInputs
-from apo_megatron.parallel.collectives import all_gather_objects
-from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.rewards.overlong import shaped_rewards
 from apo_megatron.rewards.registry import Reward
-from apo_megatron.rollout.engine import Progress, RolloutEngine, SamplingParams
+from apo_megatron.rollout.engine import SamplingParams
 from apo_megatron.rollout.sampling import sampling_params
-from apo_megatron.types import Completion, Prompt, Sample, SampleGroup
+from apo_megatron.types import Completion, Prompt, SampleGroup
 
 _MAX_STEPS = 1_000_003  # prime: seeds of neighbouring runs do not meet
 _ROUND_SEEDS = 65_537  # apart in the run's seed: a prompt may come again in a later round of a step
-_NO_SHAPING = RewardConfig()
 
 
 def step_sampling(cfg: RLConfig, step: int, round_number: int = 0) -> SamplingParams:
@@ -39,30 +36,6 @@ def check_versions(prompt: Prompt, completions: Sequence[Completion], oldest: in
         )
 
 
-def sample_groups(
-    engine: RolloutEngine,
-    prompts: Sequence[Prompt],
-    sampling: SamplingParams,
-    parallel: ParallelContext,
-    progress: Progress | None = None,
-) -> list[SampleGroup]:
-    """The groups of this rank's share of ``prompts`` (every rank passes the same prompts).
-
-    Raises RolloutError where a completion comes from other weights than the engine was given last.
-    """
-    mine = prompts[parallel.rank :: parallel.world]
-    groups = []
-    for prompt, completions in zip(mine, engine.generate(mine, sampling, progress), strict=True):
-        versions = {completion.policy_version for completion in completions}
-        if versions != {engine.policy_version}:
-            raise RolloutError(
-                f"prompt {prompt.prompt_id}: completions of policy versions {sorted(versions)}, expected "
-                f"{engine.policy_version}"
-            )
-        groups.append(SampleGroup(prompt, [Sample(completion) for completion in completions]))
-    return groups
-
-
 def score_groups(groups: Sequence[SampleGroup], reward: Reward) -> None:
     """Fill in the rewards; NaN marks a sample that could not be judged."""
     for group in groups:
@@ -77,39 +50,18 @@ def is_mixed(group: SampleGroup) -> bool:
     return bool(judged) and max(judged) - min(judged) > MIN_SPREAD
 
 
-def gather_groups(
-    groups: Sequence[SampleGroup], prompts: Sequence[Prompt], parallel: ParallelContext
-) -> list[SampleGroup]:
-    """The groups of all ranks in the order of ``prompts``, on every rank.
-
-    Advantages and mini-batches need the whole batch; token ids and log-probs are 8 bytes a token.
-    """
-    shares = all_gather_objects([group.samples for group in groups], parallel)
-    return [
-        SampleGroup(prompt, shares[i % parallel.world][i // parallel.world])
-        for i, prompt in enumerate(prompts)
-    ]
-
-
-def assign_advantages(
-    groups: Sequence[SampleGroup],
-    objective: ObjectiveConfig,
-    reward: RewardConfig = _NO_SHAPING,
-    max_new_tokens: int = 0,
-) -> None:
+def assign_advantages(groups: Sequence[SampleGroup], cfg: RLConfig) -> None:
     """Fill in the advantages, from shaped rewards; samples without a judgement keep None."""
     rewards, lengths = _rewards_and_lengths(groups)
-    shaped = shaped_rewards(rewards, lengths, reward, max_new_tokens)
-    estimator = ADVANTAGE_ESTIMATORS[objective.advantage_estimator]
+    shaped = shaped_rewards(rewards, lengths, cfg.reward, cfg.rollout.max_new_tokens)
+    estimator = ADVANTAGE_ESTIMATORS[cfg.objective.advantage_estimator]
     advantages = estimator(AdvantageInputs(shaped, lengths))
     for group, row, judged in zip(groups, advantages.tolist(), (~rewards.isnan()).tolist(), strict=True):
         for sample, advantage, is_judged in zip(group.samples, row, judged, strict=True):
             sample.advantage = advantage if is_judged else None
 
 
-def group_metrics(
-    groups: Sequence[SampleGroup], reward: RewardConfig = _NO_SHAPING, max_new_tokens: int = 0
-) -> dict[str, float]:
+def group_metrics(groups: Sequence[SampleGroup], cfg: RLConfig) -> dict[str, float]:
     """What the samples of a step say: reward (unshaped), mixed groups, lengths, truncation."""
     samples = [sample for group in groups for sample in group.samples]
     judged = [sample.reward for sample in samples if sample.reward == sample.reward]
@@ -126,8 +78,8 @@ def group_metrics(
         "unjudged_share": 1 - len(judged) / len(samples),
         "response_tokens": float(sum(lengths)),
     }
-    if reward.overlong_buffer and judged:
-        shaped = shaped_rewards(*_rewards_and_lengths(groups), reward, max_new_tokens)
+    if cfg.reward.overlong_buffer and judged:
+        shaped = shaped_rewards(*_rewards_and_lengths(groups), cfg.reward, cfg.rollout.max_new_tokens)
         metrics["shaped_reward"] = float(shaped.nanmean())
     return metrics
 
