@@ -45,9 +45,9 @@ def sglang_servers(
 ) -> ServerPool:
     """Servers that answer, with the weights that an earlier test has left them (its version label too).
 
-    ``fresh``: new ones, for a test that needs the weights of ``model_path``. Any test may kill or restart a
-    server of the pool: the next call waits until all serve again. Two sets never run at once (memory): a
-    call for other servers ends those that run.
+    ``fresh``: new ones, for a test that needs the weights of ``model_path``. Any test may kill servers of
+    the pool: if not all of them serve again at the next call, there are new ones. Two sets never run at once
+    (memory): a call for other servers ends those that run.
     """
     key = (str(Path(model_path).resolve()), num_servers, dtype)
     if _running and not fresh and _running[0].key == key and _all_serve(_running[0].pool, num_servers):

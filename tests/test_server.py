@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import yaml
 from apo_megatron.config import ModelConfig
 from apo_megatron.config.rollout import SGLangConfig
 from apo_megatron.errors import RolloutError
+from apo_megatron.rollout import server_watch
 from apo_megatron.rollout.server import ServerAddress, ServerPool
 from tests.sglang_servers import sglang_python, stop_sglang_servers
 from tests.tiny_models import make_tiny_model
@@ -56,6 +58,7 @@ def pool(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     stop_sglang_servers()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(KEY_VARIABLE, KEY)
+        patch.setattr(server_watch, "STATUS_SECONDS", 2.0)
         started = Pool(model, tmp_path_factory.mktemp("logs"))
         with started.servers:
             yield started
@@ -114,14 +117,19 @@ def test_servers_answer_with_the_key_only(pool: Pool) -> None:
                 generate(address, key)
 
 
+def test_a_start_is_never_silent(pool: Pool) -> None:
+    for name in ("server-0", "server-1"):
+        assert any(re.match(rf"{name} has been starting for \d+ s: .+", note) for note in pool.notes)
+        assert any(
+            re.match(rf"{name} serves at http://127.0.0.1:\d+ after \d+ s", note) for note in pool.notes
+        )
+
+
 def test_the_key_is_neither_listed_nor_logged(pool: Pool) -> None:
     commands = []
     for process in psutil.process_iter():
-        with pytest.MonkeyPatch.context():
-            try:
-                commands += process.cmdline()
-            except psutil.NoSuchProcess:
-                continue
+        with suppress(psutil.NoSuchProcess):
+            commands += process.cmdline()
     assert any("sglang.launch_server" in word for word in commands)
     assert not [word for word in commands if KEY in word]
     logs = [path.read_text() for path in pool.log_folder.iterdir()]
@@ -222,18 +230,19 @@ def test_the_command_survives_a_taken_port_and_leaves_nothing_behind(
     command: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     stop_sglang_servers()
+    output = (tmp_path / "output").read_text
     log = tmp_path / "run" / "servers" / "server-0.log"
-    assert eventually(lambda: log.exists() and "--port" in log.read_text()), (tmp_path / "output").read_text()
+    assert eventually(lambda: log.exists() and "--port" in log.read_text()), output()
     found = re.search(r"--port (\d+)", log.read_text())
     assert found is not None
     port = int(found.group(1))
     with socket.create_server(("127.0.0.1", port)) as stranger:
-        assert eventually(lambda: "somebody else took port" in (tmp_path / "output").read_text() or
-                          _answer_nonsense(stranger))  # fmt: skip
-    assert eventually(lambda: (tmp_path / "servers.json").exists()), (tmp_path / "output").read_text()
+        stranger.settimeout(0.2)
+        assert eventually(lambda: _speak_no_http(stranger) or "somebody else took port" in output())
+    assert eventually(lambda: (tmp_path / "servers.json").exists()), output()
     (entry,) = json.loads((tmp_path / "servers.json").read_text())
     assert entry["name"] == "server-0" and not entry["url"].endswith(f":{port}")
-    assert f'rollout.sglang.urls=["{entry["url"]}"]' in (tmp_path / "output").read_text()
+    assert f'rollout.sglang.urls=["{entry["url"]}"]' in output()
     assert len(generate(ServerAddress(**entry), key=None)["output_ids"]) == 3
 
     processes = processes_of(log)
@@ -243,14 +252,11 @@ def test_the_command_survives_a_taken_port_and_leaves_nothing_behind(
     assert eventually(lambda: all_gone(processes), 10)
 
 
-def _answer_nonsense(stranger: socket.socket) -> bool:
-    """Take one connection, if there is one, and say something that is no HTTP."""
-    stranger.settimeout(0.2)
-    try:
+def _speak_no_http(stranger: socket.socket) -> bool:
+    """Answer one request, if there is one; False."""
+    with suppress(OSError):  # nobody asks, or no longer
         connection, _ = stranger.accept()
-    except TimeoutError:
-        return False
-    with connection:
-        connection.recv(65536)
-        connection.sendall(b"220 not what you expect\r\n")
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"220 not what you expect\r\n")
     return False

@@ -93,6 +93,7 @@ class ServerCommand:
     def environment(self, devices: dict[str, str]) -> dict[str, str]:
         """All variables, with those that choose its ``devices``."""
         inherited = without_trainer(os.environ)
+        inherited.setdefault("PYTHONUNBUFFERED", "1")  # a log ends with what was printed last
         if self._is_local:
             inherited.setdefault("HF_HUB_OFFLINE", "1")  # on a node without network each look costs minutes
         return {**inherited, **(_CPU_ENVIRONMENT if self._on_cpu else {}), **devices}
