@@ -437,6 +437,12 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
+        "partial_rollouts_are_stale",
+        ["rollout.partial_rollouts=true", "rollout.max_staleness=1", "rollout.oversampling=1.5"],
+        ["rollout:", "partial_rollouts=true", "engine=embedded"],
+    ),
+    (
+        RLConfig,
         "colocated_servers_wait",
         [
             "rollout.engine=sglang",

@@ -144,12 +144,14 @@ class RolloutConfig(Section):
 
     @rule
     def partial_rollouts_are_stale(self) -> str | None:
-        """`partial_rollouts` needs `max_staleness` of at least 1, and `oversampling` > 1 or `asynchronous`:
-        otherwise nothing is ever stopped."""
+        """`partial_rollouts` needs `engine` = sglang, `max_staleness` of at least 1, and `oversampling` > 1
+        or `asynchronous`: otherwise nothing is ever stopped."""
         if self.partial_rollouts and self.max_staleness < 1:
             return "partial_rollouts=true with max_staleness=0: what goes on has older tokens, set at least 1"
         if self.partial_rollouts and self.oversampling == 1 and not self.asynchronous:
             return "partial_rollouts=true stops nothing: set oversampling above 1, or asynchronous=true"
+        if self.partial_rollouts and self.engine == "embedded":
+            return "partial_rollouts=true with engine=embedded, which is never stopped half-way: set sglang"
         return None
 
     @rule
