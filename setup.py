@@ -19,6 +19,8 @@ INSTALL_REQUIRES = [
     "pydantic>=2.7,<3",
     "pyyaml>=6",
     "xxhash>=3.5",
+    "aiohttp>=3.11,<4",
+    "orjson>=3.10",
     "psutil>=5.9",  # megatron-core does not declare it, and its checkpoint writers cannot work without it
     "rich>=13",
     "tensorboard>=2.16",
@@ -29,9 +31,9 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]"],
     "sglang": ["sglang"],  # pins its own torch and transformers: give it an environment of its own
-    "ray": ["ray"],
+    "ray": ["ray>=2.50,<3"],  # the launcher reaches into its list of free resources, which has no public name
     "wandb": ["wandb"],
-    "dev": ["pytest>=8", "ruff", "mypy", "types-PyYAML", "pre-commit"],
+    "dev": ["pytest>=8", "ruff", "mypy", "types-PyYAML", "pre-commit", "ray>=2.50,<3"],
 }
 
 setup(
@@ -53,6 +55,7 @@ setup(
             "apo-train = apo_megatron.train:main",
             "apo-sft = apo_megatron.sft:main",
             "apo-eval = apo_megatron.evaluate:main",
+            "apo-ray = apo_megatron.launch.ray:main",
             "apo-hf-to-megatron = checkpoints_convert.hf_to_megatron:main",
             "apo-megatron-to-hf = checkpoints_convert.megatron_to_hf:main",
             "apo-verify = checkpoints_convert.verify:main",
