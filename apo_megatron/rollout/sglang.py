@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 NOTE_SECONDS = 10.0  # between two status lines while there is nothing to do but wait
 POLL_SECONDS = 0.5
 # What rank 0 finds when the engine looks at its servers.
-_NONE_USABLE, _SOME_USABLE, _SOME_BEHIND, _SOME_BEHIND_SOME_USABLE, _NO_HOPE = range(5)
+_NONE_SERVES, _SOME_SERVE, _SOME_BEHIND, _NO_HOPE = range(4)
 
 
 @dataclass(frozen=True)
@@ -141,14 +141,17 @@ class SGLangEngine:
     def recover(self, source: WeightSource | None) -> bool:
         """See ``RolloutEngine``. Raises RolloutError where no server is usable and none will come back."""
         assert self.policy_version >= 0, "recover comes after update_weights"
-        found = all_reduce_max(self._look_around() if self._parallel.is_main else 0, self._parallel)
+        found = all_reduce_max(
+            self._look_around(can_update=source is not None) if self._parallel.is_main else 0, self._parallel
+        )
         if found == _NO_HOPE:
             run_on_main(self._raise_failure, self._parallel)
-        if found < _SOME_BEHIND or source is None:
-            return found in (_SOME_USABLE, _SOME_BEHIND_SOME_USABLE)
+        if found != _SOME_BEHIND:
+            return found == _SOME_SERVE
+        assert source is not None
         names = self._agree(lambda: self._loop.run(self._servers.behind()))
         self._push(names, source, self._servers.label, self._probe)
-        return run_on_main(lambda: bool(self._loop.run(self._servers.usable())), self._parallel)
+        return run_on_main(lambda: self._loop.run(self._servers.serves()), self._parallel)
 
     def sleep(self) -> None:
         """See ``RolloutEngine``. Servers with GPUs of their own stay as they are."""
@@ -226,7 +229,7 @@ class SGLangEngine:
         self._note(f"waiting for SGLang servers: {self._servers.describe()}")
         return []
 
-    def _look_around(self) -> int:
+    def _look_around(self, can_update: bool) -> int:
         """What there is to do about the servers; the looks themselves happen in the background."""
         assert self._source is not None
         try:
@@ -237,13 +240,13 @@ class SGLangEngine:
             return _NO_HOPE
         self._loop.run(self._servers.replace(addresses))
         self._loop.run(self._servers.watch())
-        is_usable = bool(self._loop.run(self._servers.usable()))
-        if not is_usable and self._failure is not None:
+        serves = self._loop.run(self._servers.serves())
+        if not serves and self._failure is not None:
             return _NO_HOPE
         self._note_outage()
-        if self._loop.run(self._servers.behind()):
-            return _SOME_BEHIND_SOME_USABLE if is_usable else _SOME_BEHIND
-        return _SOME_USABLE if is_usable else _NONE_USABLE
+        if can_update and self._loop.run(self._servers.behind()):
+            return _SOME_BEHIND
+        return _SOME_SERVE if serves else _NONE_SERVES
 
     def _raise_failure(self) -> None:
         raise RolloutError(str(self._failure))

@@ -25,6 +25,7 @@ class Server:
         self.client = client
         self.is_current = False  # the last weight update went through there
         self.is_lost = True  # it has not answered, and has passed no health check since
+        self.lost_at = 0.0  # monotonic seconds
         self.problem = "not looked at yet"  # the last thing that went wrong there
         self.last_sign = 0.0  # monotonic seconds of its last answer that took the model; 0 = none yet
         self.update_after = 0.0  # monotonic seconds; an update just failed there
@@ -140,6 +141,13 @@ class ServerSet:
         unknown = [server for server in servers if server.last_sign == 0] if answered else servers
         await asyncio.gather(*(self._look(server) for server in unknown))
         return [server.name for server in servers if not server.is_lost]
+
+    async def serves(self) -> bool:
+        """Whether some server has the current weights, if not this second: one that has just failed to answer
+        may be there again in a moment."""
+        latest = monotonic() - self._cfg.health_timeout
+        servers = self._servers.values()
+        return any(s.is_current and (not s.is_lost or s.lost_at > latest) for s in servers)
 
     async def behind(self) -> list[str]:
         """Servers that are healthy and wait for the current weights."""
@@ -282,7 +290,7 @@ class ServerSet:
     def _lose(self, server: Server, problem: str) -> None:
         """It did not answer: use it no more until a look at it, at once, says otherwise."""
         if not server.is_lost:
-            server.is_lost = True
+            server.is_lost, server.lost_at = True, monotonic()
             server.look_now.set()
         server.problem = problem
         self._usable_changed()
