@@ -106,7 +106,8 @@ class ServerProcess:
 
     def port_was_taken(self) -> bool:
         """Whether it says that a port it wanted belongs to somebody else."""
-        return any(_PORT_TAKEN.search(line) for line in self.last_lines())
+        # It goes on for a while after that, with pages of tracebacks.
+        return any(_PORT_TAKEN.search(line) for line in self.last_lines(_TAIL_BYTES))
 
     def stop(self) -> None:
         """Ask it to end, then kill it; returns when all its processes are gone."""
