@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.actor.checkpoint_files import LATEST_FILE
@@ -24,7 +24,10 @@ from apo_megatron.telemetry.metrics import METRICS_FILE, MetricsLogger, check_de
 from apo_megatron.telemetry.progress import Advance, RunDisplay
 from apo_megatron.telemetry.stop_request import StopRequest
 from apo_megatron.training_data import TrainingData
+from apo_megatron.weight_sync import WeightSync
 from apo_megatron.weights.export import HFExporter
+
+Engine = TypeVar("Engine", bound=RolloutEngine)
 
 
 class Run:
@@ -48,6 +51,7 @@ class Run:
         self._stop_request = StopRequest()
         self._exporter = HFExporter(cfg.model.hf_path, parallel)
         self._display = RunDisplay(cfg.train.num_steps, parallel.is_main, title)
+        self._closing = ExitStack()
         barrier(parallel)
 
     def _refuse_another_run(self) -> None:
@@ -96,6 +100,11 @@ class Run:
         if self._cfg.checkpoint.export_hf:
             self._exporter.start(self.folder / "hf", actor.weight_source())
         self._exporter.finish()
+
+    def closing(self, engine: Engine) -> Engine:
+        """``engine``, which is closed when the run ends, however it ends."""
+        self._closing.callback(engine.close)
+        return engine
 
     def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
         """Time and show a phase of the step."""
@@ -171,6 +180,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closing.close()
         self._stop_request.__exit__(kind, error, trace)
         self._display.close()
         if self._logger is not None:
@@ -198,29 +208,39 @@ class Evaluator:
     """Pass@K of the engine's weights on the held-out problems."""
 
     def __init__(
-        self, cfg: RLConfig, parallel: ParallelContext, run: Run, engine: RolloutEngine, data: TrainingData
+        self,
+        cfg: RLConfig,
+        parallel: ParallelContext,
+        run: Run,
+        engine: RolloutEngine,
+        sync: WeightSync,
+        data: TrainingData,
     ) -> None:
         self._cfg, self._parallel, self._run = cfg, parallel, run
-        self._engine, self._data = engine, data
+        self._engine, self._sync, self._data = engine, sync, data
 
-    def run(self, tag: str) -> None:
-        """The full evaluation, written to run_dir/evaluation_``tag``.json and shown; collective."""
+    def run(self, tag: str, version: int) -> None:
+        """The full evaluation of the actor's weights, which are policy ``version``; written to
+        run_dir/evaluation_``tag``.json and shown. Collective."""
         if not self._data.held_out:
             return
-        result = self._evaluate(self._cfg.evaluation.num_samples)
+        result = self._evaluate(self._cfg.evaluation.num_samples, version)
         self._run.write_json(f"evaluation_{tag}.json", result.to_json())
         shown = "  ".join(f"@{k} {100 * value:.1f}" for k, value in result.pass_at_k.items())
         self._run.note(f"Pass@K ({tag}, {len(result.num_correct)} problems): {shown}")
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, version: int) -> dict[str, float]:
         """The smaller evaluation between the ends, as metrics; collective."""
         if not self._data.held_out:
             return {}
-        result = self._evaluate(self._cfg.evaluation.interval_num_samples)
+        result = self._evaluate(self._cfg.evaluation.interval_num_samples, version)
         return {f"eval/pass_at_{k}": value for k, value in result.pass_at_k.items()}
 
-    def _evaluate(self, num_samples: int) -> PassAtKResult:
-        with self._run.phase("evaluation", total=len(self._data.held_out)) as advance:
+    def _evaluate(self, num_samples: int, version: int) -> PassAtKResult:
+        with (
+            self._run.phase("evaluation", total=len(self._data.held_out)) as advance,
+            self._sync.lent(version),
+        ):
             return evaluate_pass_at_k(
                 self._engine,
                 self._data.held_out,

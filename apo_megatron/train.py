@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 -m apo_megatron.train --config examples/countdown/apo.yaml
 
-Every rank runs the same program. One step: sample a group of answers for each prompt, score them, turn
-rewards into advantages, look up the reference on the wrong answers, take a few optimizer updates, push
-the new weights into the engine.
+Every rank runs the same program. One step: push the weights into the engine, sample a group of answers for
+each prompt, score them, turn rewards into advantages, look up the reference on the wrong answers, take a few
+optimizer updates.
 """
 
 from __future__ import annotations
@@ -13,23 +13,18 @@ import sys
 from collections.abc import Sequence
 
 from apo_megatron.actor.actor import MegatronActor
-from apo_megatron.actor.checkpointer import Checkpointer
+from apo_megatron.actor.checkpointer import Checkpointer, Stateful
 from apo_megatron.config import RLConfig
 from apo_megatron.data.collate import make_batch, trained_sequences
 from apo_megatron.objectives.objective import build_objective
 from apo_megatron.parallel.state import init_parallel
 from apo_megatron.rollout.build import build_engine
-from apo_megatron.rollout.groups import (
-    assign_advantages,
-    gather_groups,
-    group_metrics,
-    sample_groups,
-    score_groups,
-    step_sampling,
-)
+from apo_megatron.rollout.groups import assign_advantages, group_metrics
+from apo_megatron.rollout.sampler import GroupSampler
 from apo_megatron.run import Evaluator, Run, mean_metrics
 from apo_megatron.telemetry.command import parse_command_line, run_command
 from apo_megatron.training_data import load_training_data
+from apo_megatron.weight_sync import WeightSync
 from apo_megatron.weights.digest import weights_digest
 
 
@@ -38,6 +33,7 @@ def train(cfg: RLConfig) -> None:
     parallel = init_parallel(cfg.parallel, cfg.train.seed)
     data = load_training_data(cfg)
     with Run(cfg, parallel, title="training") as run:
+        engine = run.closing(build_engine(cfg.rollout, cfg.model, parallel, run.folder, run.note))
         actor = MegatronActor(
             cfg.model,
             cfg.optimizer,
@@ -45,35 +41,42 @@ def train(cfg: RLConfig) -> None:
             cfg.train.micro_batch_size,
             num_updates=cfg.train.num_steps * cfg.train.num_mini_batches,
             temperature=cfg.rollout.temperature,
+            weight_bucket_bytes=cfg.rollout.bucket_mib * 2**20,
         )
         objective = build_objective(cfg.objective)
         reference = digest = None
         if objective.reference_scope != "none":  # pi_ref, before anything is resumed
             reference, digest = actor.snapshot(), weights_digest(actor.weight_source(), parallel)
-        engine = build_engine(cfg.rollout, cfg.model, parallel.device)
-        checkpointer = Checkpointer(run.checkpoint_folder, cfg, actor, {"data": data.prompts}, digest)
-        start = run.resume(checkpointer)
-        engine.update_weights(actor.weight_source(), version=start)
-        evaluator = Evaluator(cfg, parallel, run, engine, data)
+        sampler = GroupSampler(engine, data.prompts, data.reward, cfg, parallel)
+        parts: dict[str, Stateful] = {"data": data.prompts, "rollout": sampler}
+        checkpointer = Checkpointer(run.checkpoint_folder, cfg, actor, parts, digest)
+        version = start = run.resume(checkpointer)  # policy version: completed steps at the last update
+        sync = WeightSync(cfg.rollout, actor, engine, sampler, data.prompts)
+        evaluator = Evaluator(cfg, parallel, run, engine, sync, data)
         if cfg.evaluation.at_start and start == 0:
-            evaluator.run("start")
+            evaluator.run("start", version)
 
         num_samples = cfg.data.prompts_per_step * cfg.rollout.group_size // parallel.world
         for step in range(start, cfg.train.num_steps):
-            prompts = data.prompts.next_batch()
+            with run.phase("weight sync"):
+                metrics = sync.push(version)
             with run.phase("rollout", num_samples) as advance:
-                groups = sample_groups(engine, prompts, step_sampling(cfg, step), parallel, advance)
-                score_groups(groups, data.reward)
-                groups = gather_groups(groups, prompts, parallel)
-                assign_advantages(groups, cfg.objective)
-            metrics = group_metrics(groups)
+                samples = sampler.next_groups(step, actor.weight_source(), advance)
+                sync.rest()
+            if samples.note is not None:
+                run.note(samples.note)
+            groups = samples.groups
+            assign_advantages(groups, cfg)
             sequences = trained_sequences(groups)
+            metrics |= samples.metrics | group_metrics(groups, cfg)
             metrics["skipped_step"] = float(not sequences)
             if sequences:  # else every group is all right or all wrong: nothing to learn from
                 seed = (cfg.train.seed, step)
                 batch = make_batch(sequences, cfg.objective, parallel, cfg.train.num_mini_batches, seed)
-                with run.phase("old log-probs", batch.num_sequences) as advance:
-                    batch.sequences = actor.attach_old_log_probs(batch.sequences, advance)
+                if cfg.objective.old_log_probs == "recompute":
+                    with run.phase("old log-probs", batch.num_sequences) as advance:
+                        batch.sequences = actor.attach_old_log_probs(batch.sequences, advance)
+                        metrics |= actor.measure_mismatch(batch.sequences, objective)
                 if reference is not None:
                     total = batch.num_in_scope(objective.reference_scope)
                     with run.phase("reference", total) as advance, actor.weights_from(reference):
@@ -81,15 +84,13 @@ def train(cfg: RLConfig) -> None:
                     metrics |= found
                 with run.phase("update", batch.num_sequences) as advance:
                     updates = [actor.update(part, objective, advance) for part in batch.mini_batches()]
-                with run.phase("weight sync"):
-                    engine.update_weights(actor.weight_source(), version=step + 1)
                 metrics |= mean_metrics(updates)
+                version = step + 1
             if run.is_due(cfg.evaluation.interval, step):
-                metrics |= evaluator.metrics()
+                metrics |= evaluator.metrics(version)
             run.finish_step(step, metrics, actor, checkpointer)
 
-        evaluator.run("final")
-        engine.close()
+        evaluator.run("final", version)
         run.finish(checkpointer, actor)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.config.rollout import RolloutConfig
+from apo_megatron.data.prompts import PromptLoader
 from apo_megatron.rollout.engine import Probe, RolloutEngine
-from apo_megatron.types import Prompt
+from apo_megatron.rollout.sampler import GroupSampler
 
 MAX_PROBE_LENGTH = 256  # tokens of one prompt: enough to see wrong weights, quick on every layout
 
@@ -20,13 +22,18 @@ class WeightSync:
     """
 
     def __init__(
-        self, cfg: RolloutConfig, actor: MegatronActor, engine: RolloutEngine, prompts: Sequence[Prompt]
+        self,
+        cfg: RolloutConfig,
+        actor: MegatronActor,
+        engine: RolloutEngine,
+        sampler: GroupSampler,
+        prompts: PromptLoader,
     ) -> None:
-        """The first of ``prompts`` that have at least two tokens are the probe."""
-        self._actor, self._engine = actor, engine
+        """The first of ``prompts`` are the probe."""
+        self._actor, self._engine, self._sampler = actor, engine, sampler
         self._shares_devices = cfg.engine == "sglang" and cfg.sglang.colocated
-        usable = [prompt.token_ids[:MAX_PROBE_LENGTH] for prompt in prompts if len(prompt.token_ids) > 1]
-        self._probe_tokens = tuple(usable[: cfg.canary_prompts])
+        token_ids = [prompt.token_ids[:MAX_PROBE_LENGTH] for prompt in prompts.first(cfg.canary_prompts)]
+        self._probe_tokens = tuple(tokens for tokens in token_ids if len(tokens) > 1)
         self._engine_is_awake = False
 
     def push(self, version: int) -> dict[str, float]:
@@ -42,9 +49,17 @@ class WeightSync:
             probe = Probe(self._probe_tokens, tuple(self._actor.score(self._probe_tokens)))
         if self._shares_devices:
             self._actor.sleep()
-        metrics = self._engine.update_weights(self._actor.weight_source(), version, probe)
+        with self._sampler.settled():
+            metrics = self._engine.update_weights(self._actor.weight_source(), version, probe)
         self._engine_is_awake = True
         return metrics
+
+    @contextmanager
+    def lent(self, version: int) -> Iterator[None]:
+        """The engine draws with policy ``version`` inside the block; the actor has the devices after it."""
+        self.push(version)
+        yield
+        self.rest()
 
     def rest(self) -> None:
         """The samples are drawn: the devices are the actor's, where they are shared."""

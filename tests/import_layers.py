@@ -22,6 +22,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "apo_megatron.evaluate",
         "apo_megatron.run",
         "apo_megatron.training_data",
+        "apo_megatron.weight_sync",
     ),
     "workers": ("apo_megatron.actor", "apo_megatron.rollout", "apo_megatron.evaluation"),
     "parts": (

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from apo_megatron.config import ModelConfig, RolloutConfig
 from apo_megatron.errors import CheckpointError, ConfigError, RolloutError
-from apo_megatron.rollout.build import build_engine, load_engine
+from apo_megatron.rollout.build import build_embedded_engine, load_engine
 from apo_megatron.rollout.decoding import plan_chunks
 from apo_megatron.rollout.embedded import EmbeddedEngine
 from apo_megatron.rollout.engine import SamplingParams
@@ -258,7 +258,7 @@ def test_an_update_changes_the_next_generation(
 ) -> None:
     other = make_tiny_model(tmp_path, family, seed=1)
     cfg = ModelConfig(hf_path=str(folders[family]), dtype="float32")
-    engine = build_engine(RolloutConfig(), cfg, CPU)
+    engine = build_embedded_engine(RolloutConfig(), cfg, CPU)
     prompts = make_prompts([4, 6])
     with pytest.raises(RolloutError, match="update_weights"):
         engine.generate(prompts, SAMPLING)
@@ -313,7 +313,7 @@ def test_a_weight_that_is_not_sent_is_named(folders: dict[str, Path], family: st
 
 def test_the_bias_that_decides_among_experts_is_not_rounded(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path, "deepseek_v3", dtype=torch.bfloat16)
-    engine = build_engine(RolloutConfig(), ModelConfig(hf_path=str(folder), dtype="bfloat16"), CPU)
+    engine = build_embedded_engine(RolloutConfig(), ModelConfig(hf_path=str(folder), dtype="bfloat16"), CPU)
     tensors = load_file(folder / "model.safetensors")
     engine.update_weights(FileSource(tensors), 1)  # type: ignore[arg-type]
     assert isinstance(engine, EmbeddedEngine)
@@ -338,7 +338,7 @@ def test_what_cannot_be_generated_is_reported(folders: dict[str, Path]) -> None:
 def test_the_trainers_random_state_is_left_alone(folders: dict[str, Path]) -> None:
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
     cfg = ModelConfig(hf_path=str(folders["qwen2"]), dtype="float32")
-    build_engine(RolloutConfig(), cfg, CPU)
+    build_embedded_engine(RolloutConfig(), cfg, CPU)
     load_engine(RolloutConfig(), cfg, CPU).generate(make_prompts([4]), SAMPLING)
     assert torch.equal(before, torch.get_rng_state())
     np.testing.assert_array_equal(numpy_before, np.random.get_state()[1])  # type: ignore[index]

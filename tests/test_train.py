@@ -106,10 +106,10 @@ def test_a_run_leaves_config_metrics_evaluations_picture_and_model(
         "anchor_ratio_p50",
         "reference_anchor_mass_p05", "sampled_in_support", "clip_fraction_low", "clip_fraction_high",
         "rectified_clip_fraction", "kl_old", "kl_old_to_reference", "mixed_group_share", "response_length",
-        "truncation_rate", "grad_norm", "rollout_log_prob_gap", "time/rollout", "time/update",
+        "truncation_rate", "grad_norm", "mismatch/log_prob_gap_max", "time/rollout", "time/update",
     }  # fmt: skip
     assert watched <= rows[-1].keys()
-    assert rows[0]["rollout_log_prob_gap"] < 1e-4
+    assert rows[0]["mismatch/log_prob_gap_max"] < 1e-4
     # The first mini-batch of the first step is trained at theta = ref, the second is not.
     assert rows[0]["anchor_ratio_p50"] == pytest.approx(1.0, abs=0.1)
     assert "eval/pass_at_4" in rows[1] and "eval/pass_at_1" not in rows[0]

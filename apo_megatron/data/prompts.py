@@ -104,6 +104,10 @@ class PromptLoader:
         """The next ``prompts_per_step`` prompts; a batch may straddle two epochs."""
         return self.take(self._prompts_per_step)
 
+    def first(self, count: int) -> list[Prompt]:
+        """The first ``count`` of the data, whatever was drawn."""
+        return list(self._prompts[:count])
+
     def take(self, count: int) -> list[Prompt]:
         """The next ``count`` prompts."""
         return [self._prompts[i] for i in self._order.take(count)] if count else []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -21,24 +24,43 @@ from apo_megatron.config.schema import ModelConfig, RolloutConfig
 from apo_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 from apo_megatron.errors import CheckpointError
 from apo_megatron.models.transformer_config import TORCH_DTYPES
+from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.rollout.embedded import EmbeddedEngine
 from apo_megatron.rollout.engine import RolloutEngine
+from apo_megatron.rollout.event_loop import EventLoopThread
+from apo_megatron.rollout.model_limits import ModelLimits
+from apo_megatron.rollout.server import print_note
+from apo_megatron.rollout.server_sources import server_source
+from apo_megatron.rollout.server_watch import Note
+from apo_megatron.rollout.sglang import SGLangEngine
+from apo_megatron.rollout.transport import build_transport
 
 
-def build_engine(rollout: RolloutConfig, model: ModelConfig, device: torch.device) -> RolloutEngine:
+def build_engine(
+    rollout: RolloutConfig,
+    model: ModelConfig,
+    parallel: ParallelContext,
+    run_folder: Path,
+    note: Note = print_note,
+) -> RolloutEngine:
     """The engine for training: the architecture of ``model.hf_path``, weights by ``update_weights``.
 
+    Collective. ``run_folder`` is where logs of servers and files of weights go; ``note`` takes status lines.
     Raises CheckpointError where config.json cannot be read, ConfigError where the tokenizer does not fit.
     """
+    if rollout.engine == "sglang":
+        return _sglang_engine(rollout, model, _read_config(model), parallel, run_folder, note)
+    return build_embedded_engine(rollout, model, parallel.device)
+
+
+def build_embedded_engine(rollout: RolloutConfig, model: ModelConfig, device: torch.device) -> EmbeddedEngine:
+    """``build_engine`` for an engine inside this process."""
+    config = _read_config(model)
     with _without_touching_random_state(device):
-        try:
-            config = AutoConfig.from_pretrained(model.hf_path)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"model.hf_path={model.hf_path}: no usable config.json: {error}") from error
         with device:
             hf_model = AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPES[model.dtype])
         _keep_buffers_in_float32(hf_model)
-    return _engine(rollout, model, hf_model, policy_version=-1)
+    return _embedded_engine(rollout, model, hf_model, policy_version=-1)
 
 
 def load_engine(rollout: RolloutConfig, model: ModelConfig, device: torch.device) -> RolloutEngine:
@@ -65,10 +87,53 @@ def load_engine(rollout: RolloutConfig, model: ModelConfig, device: torch.device
                 f"model.hf_path={model.hf_path}: the safetensors do not fit config.json, "
                 f"{problem.replace('_', ' ')}: {names} ({len(report[problem])} in all)"
             )
-    return _engine(rollout, model, hf_model.to(device), policy_version=0)
+    return _embedded_engine(rollout, model, hf_model.to(device), policy_version=0)
 
 
-def _engine(
+def _read_config(model: ModelConfig) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(model.hf_path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"model.hf_path={model.hf_path}: no usable config.json: {error}") from error
+
+
+def _sglang_engine(
+    rollout: RolloutConfig,
+    model: ModelConfig,
+    config: PreTrainedConfig,
+    parallel: ParallelContext,
+    run_folder: Path,
+    note: Note,
+) -> SGLangEngine:
+    tokenizer = load_tokenizer(model.hf_path)
+    check_tokenizer(tokenizer, config.vocab_size, model.hf_path)
+    eos_token_ids = frozenset(read_eos_token_ids(model.hf_path, tokenizer))
+    source = None
+    if parallel.is_main:  # servers load their weights while the trainer loads its own
+        on_cpu = parallel.device.type == "cpu"
+        source = server_source(rollout.sglang, model, run_folder / "servers", on_cpu, note)
+
+    def decode(token_ids: list[list[int]]) -> list[str]:
+        return tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+
+    loop = EventLoopThread()
+    starts_servers = not rollout.sglang.urls and rollout.sglang.servers_file is None
+    return SGLangEngine(
+        rollout,
+        ModelLimits(config.vocab_size, config.max_position_embeddings, eos_token_ids),
+        decode,
+        parallel,
+        loop,
+        build_transport(
+            rollout.sglang, parallel, loop, run_folder / "rollout_weights", same_machine=starts_servers
+        ),
+        source,
+        os.environ.get(rollout.sglang.api_key_variable) or None,
+        note,
+    )
+
+
+def _embedded_engine(
     rollout: RolloutConfig, model: ModelConfig, hf_model: PreTrainedModel, policy_version: int
 ) -> EmbeddedEngine:
     tokenizer = load_tokenizer(model.hf_path)

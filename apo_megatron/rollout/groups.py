@@ -51,14 +51,23 @@ def is_mixed(group: SampleGroup) -> bool:
 
 
 def assign_advantages(groups: Sequence[SampleGroup], cfg: RLConfig) -> None:
-    """Fill in the advantages, from shaped rewards; samples without a judgement keep None."""
+    """Fill in the advantages, from shaped rewards. Samples that are not trained on keep None: those without
+    a judgement, and with rollout.mask_truncated those that were cut, whose rewards count in their group."""
     rewards, lengths = _rewards_and_lengths(groups)
     shaped = shaped_rewards(rewards, lengths, cfg.reward, cfg.rollout.max_new_tokens)
     estimator = ADVANTAGE_ESTIMATORS[cfg.objective.advantage_estimator]
-    advantages = estimator(AdvantageInputs(shaped, lengths))
-    for group, row, judged in zip(groups, advantages.tolist(), (~rewards.isnan()).tolist(), strict=True):
-        for sample, advantage, is_judged in zip(group.samples, row, judged, strict=True):
-            sample.advantage = advantage if is_judged else None
+    is_masked = torch.tensor(
+        [
+            [cfg.rollout.mask_truncated and s.completion.finish_reason == "length" for s in group.samples]
+            for group in groups
+        ]
+    )
+    # Length 0: without a weight where the estimator weighs by tokens.
+    advantages = estimator(AdvantageInputs(shaped, lengths.masked_fill(is_masked, 0)))
+    is_trained = ~rewards.isnan() & ~is_masked
+    for group, row, trained in zip(groups, advantages.tolist(), is_trained.tolist(), strict=True):
+        for sample, advantage, is_on in zip(group.samples, row, trained, strict=True):
+            sample.advantage = advantage if is_on else None
 
 
 def group_metrics(groups: Sequence[SampleGroup], cfg: RLConfig) -> dict[str, float]:
@@ -66,7 +75,7 @@ def group_metrics(groups: Sequence[SampleGroup], cfg: RLConfig) -> dict[str, flo
     samples = [sample for group in groups for sample in group.samples]
     judged = [sample.reward for sample in samples if sample.reward == sample.reward]
     lengths = [len(sample.completion.token_ids) for sample in samples]
-    mixed = [any(sample.advantage for sample in group.samples) for group in groups]
+    mixed = [is_mixed(group) for group in groups]
     solved = [any(sample.reward == 1.0 for sample in group.samples) for group in groups]
     truncated = [sample.completion.finish_reason == "length" for sample in samples]
     metrics = {

@@ -39,5 +39,5 @@ class StepCounts:
             "rollout/num_groups_unfinished": float(self.num_unfinished),
             "rollout/num_samples_carried": float(self.num_samples_carried),
             "rollout/num_samples_stale": float(self.num_samples_stale),
-            "rollout/wait_seconds": self.wait_seconds,
+            "time/waiting_for_engine": self.wait_seconds,
         }

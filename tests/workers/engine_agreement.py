@@ -13,7 +13,7 @@ from apo_megatron.data.collate import Batch, TrainingSequence, make_batch
 from apo_megatron.objectives.objective import supervised_objective
 from apo_megatron.parallel.collectives import broadcast_from_last_stage
 from apo_megatron.parallel.state import ParallelContext, init_parallel
-from apo_megatron.rollout.build import build_engine
+from apo_megatron.rollout.build import build_embedded_engine
 from apo_megatron.rollout.engine import SamplingParams
 from apo_megatron.types import Completion, Prompt
 
@@ -35,7 +35,7 @@ def _compare(payload: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
         num_updates=100,
         temperature=temperature,
     )
-    engine = build_engine(RolloutConfig(max_new_tokens=8), model_cfg, parallel.device)
+    engine = build_embedded_engine(RolloutConfig(max_new_tokens=8), model_cfg, parallel.device)
     prompts = [
         Prompt(str(i), "", np.array(tokens, dtype=np.int32)) for i, tokens in enumerate(payload["prompts"])
     ]

@@ -12,13 +12,13 @@ import torch
 import apo_megatron.train
 import apo_megatron.training_data
 from apo_megatron.config import RLConfig
+from apo_megatron.data.collate import TrainingSequence
 from apo_megatron.errors import CheckpointError, RunInterrupted
-from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.train import train
-from apo_megatron.types import Prompt, SampleGroup
+from apo_megatron.types import SampleGroup
 from tests.workers.training import ToyReward, starts_low
 
-gather_groups = apo_megatron.train.gather_groups
+trained_sequences = apo_megatron.train.trained_sequences
 
 
 def run_all(payload: dict[str, Any]) -> list[dict[str, Any]]:
@@ -32,16 +32,13 @@ def run_all(payload: dict[str, Any]) -> list[dict[str, Any]]:
 def _run(config: dict[str, Any], stop_in: int | None) -> dict[str, Any]:
     rollouts: list[Any] = []
 
-    def record(
-        groups: Sequence[SampleGroup], prompts: Sequence[Prompt], parallel: ParallelContext
-    ) -> list[SampleGroup]:
-        whole = gather_groups(groups, prompts, parallel)
-        rollouts.append([_sampled(group) for group in whole])
-        if len(rollouts) == stop_in and parallel.rank == parallel.world - 1:
+    def record(groups: Sequence[SampleGroup]) -> list[TrainingSequence]:
+        rollouts.append([_sampled(group) for group in groups])
+        if len(rollouts) == stop_in and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return whole
+        return trained_sequences(groups)
 
-    apo_megatron.train.gather_groups = record
+    apo_megatron.train.trained_sequences = record
     apo_megatron.training_data.build_reward = lambda cfg: ToyReward(starts_low)
     ended = ""
     try:

@@ -204,7 +204,7 @@ def drive(
         samples = sampler.next_groups(step, None, lambda n, tokens: told.append(n))  # type: ignore[arg-type]
         check_step(samples, engine.policy_version, cfg)
         trained.append([group.prompt.prompt_id for group in samples.groups])
-        metrics.append({k: v for k, v in samples.metrics.items() if k != "rollout/wait_seconds"})
+        metrics.append({k: v for k, v in samples.metrics.items() if k != "time/waiting_for_engine"})
         for generation in engine.generations[-1:]:  # servers go on while the ranks train
             for _ in range(ticks_of_training if cfg.rollout.asynchronous else 0):
                 generation.wait(0)
