@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import pickle
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from apo_megatron.config import ModelConfig, ParallelConfig
 from apo_megatron.config.rollout import SGLangConfig
@@ -13,45 +21,148 @@ from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.parallel.state import init_parallel
 from apo_megatron.rollout.event_loop import EventLoopThread
 from apo_megatron.rollout.sglang_client import SGLangClient, open_session
-from apo_megatron.rollout.transport import build_transport
+from apo_megatron.rollout.transport import WeightTransport, build_transport
 from apo_megatron.weights.load import load_hf_weights
 from apo_megatron.weights.source import WeightSource
 
+# Of sglang.srt.utils.common.SafeUnpickler (0.5.23), what our pickles need.
+ALLOWED = {
+    ("collections", "OrderedDict"),
+    ("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorMetadata"),
+    ("torch", "Tensor"),
+    ("torch", "bfloat16"),
+    ("torch", "float16"),
+    ("torch", "float32"),
+    ("torch", "uint8"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch.multiprocessing.reductions", "rebuild_storage_filename"),
+    ("torch.multiprocessing.reductions", "rebuild_tensor"),
+    ("torch.multiprocessing.reductions", "rebuild_typed_storage"),
+    ("torch.storage", "UntypedStorage"),
+    ("torch.storage", "_load_from_bytes"),
+}
+
+
+@dataclass
+class Metadata:
+    """The fields of FlattenedTensorMetadata, in its order."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start_idx: int
+    end_idx: int
+    numel: int
+
+
+class ServersUnpickler(pickle.Unpickler):
+    """Takes what the server takes."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        assert (module, name) in ALLOWED, f"{module}.{name} is not on the server's list"
+        return Metadata if name == "FlattenedTensorMetadata" else super().find_class(module, name)
+
+
+def unpickled(payload: str) -> dict[str, Tensor]:
+    """What the server makes of an entry of serialized_named_tensors."""
+    content = ServersUnpickler(io.BytesIO(base64.b64decode(payload, validate=True))).load()
+    flat = content["flattened_tensor"]
+    assert all(m.numel == m.end_idx - m.start_idx for m in content["metadata"])
+    return {m.name: flat[m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape) for m in content["metadata"]}
+
+
+def map_and_clear(payload: dict[str, Any]) -> dict[str, Tensor]:
+    """Copies of the tensors of ``payload["payload"]``, whose own bytes are then set to zero."""
+    found = unpickled(payload["payload"])
+    copies = {name: tensor.clone() for name, tensor in found.items()}
+    for tensor in found.values():
+        tensor.zero_()
+    return copies
+
+
+class Pusher:
+    """A rank with a model and clients of all servers of ``payload``."""
+
+    def __init__(self, payload: dict[str, Any]) -> None:
+        self.parallel = init_parallel(ParallelConfig(**payload["layout"]))
+        self._payload = payload
+        self._loop = EventLoopThread()
+        self._session = self._loop.run(open_session(None))
+        self._servers = [
+            SGLangClient(name, url, self._session, vocab_size=107, update_timeout=payload["timeout"])
+            for name, url in payload["servers"]
+        ]
+        self._transports: dict[str, WeightTransport] = {}
+        hf_path = payload["hf_path"]
+        self._architecture = read_architecture(hf_path)
+        model = ModelConfig(hf_path=hf_path, dtype=payload["dtype"], make_vocab_size_divisible_by=8)
+        self._chunks = build_policy_model(self._architecture, model, self.parallel)
+
+    def load(self, hf_path: str) -> None:
+        load_hf_weights(self._chunks, self._architecture, hf_path, self.parallel)
+
+    def push(self, kind: Any, label: str) -> dict[str, Any]:
+        """With a transport that is made once."""
+        if kind not in self._transports:
+            cfg = SGLangConfig(weight_transport=kind, update_timeout=self._payload["timeout"])
+            folder = Path(self._payload["folder"])
+            self._transports[kind] = build_transport(cfg, self.parallel, self._loop, folder, True)
+        source = WeightSource(self._chunks, self._architecture, self.parallel, self._payload["bucket_bytes"])
+        started = time.monotonic()
+        problems = self._transports[kind].push(source, self._servers, label)
+        seconds = time.monotonic() - started
+        updated = [server for server in self._servers if server.name not in problems]
+        seen = [self._loop.run(self._see(server)) for server in updated] if self.parallel.is_main else []
+        return {"problems": problems, "seconds": seconds, "seen": seen}
+
+    async def _see(self, server: SGLangClient) -> dict[str, Any]:
+        """What the server says with its weights; ``prompt`` and its greedy continuation, if there is one."""
+        seen: dict[str, Any] = {"name": server.name, "label": await server.weight_label()}
+        if "prompt" in self._payload:
+            prompt = np.array(self._payload["prompt"], dtype=np.int32)
+            await server.flush_cache()
+            scores = await server.score([prompt])
+            sampling = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
+            body = {"input_ids": prompt, "sampling_params": sampling}
+            answer = await server.post("/generate", body, timeout=60.0)
+            seen["log_probs"] = scores.log_probs[0].tolist()
+            seen["tokens"] = answer["output_ids"]
+            seen["checksum"] = await server.checksum()
+        return seen
+
+    def close(self) -> None:
+        for transport in self._transports.values():
+            transport.close()
+        self._loop.run(self._session.close())
+        self._loop.close()
+
 
 def push_weights(payload: dict[str, Any]) -> list[dict[str, Any]]:
-    """Push one checkpoint after the other; problems and seconds of each push.
+    """Each of ``pushes``: {transport, hf_path, label}. One transport of a kind is used for all.
 
-    ``pushes`` holds {transport, hf_path, label}; ``servers`` (name, url). One transport of each kind is used
-    for all. The ranks write ``ready`` after the push before the last and wait for ``go``, if given.
+    Results have problems, seconds, and on the main rank what each server then says.
     """
-    parallel = init_parallel(ParallelConfig(**payload["layout"]))
-    loop = EventLoopThread()
-    session = loop.run(open_session(None))
-    servers = [
-        SGLangClient(name, url, session, vocab_size=107, update_timeout=payload["timeout"])
-        for name, url in payload["servers"]
-    ]
-    first = payload["pushes"][0]["hf_path"]
-    architecture = read_architecture(first)
-    model = ModelConfig(hf_path=first, dtype=payload["dtype"], make_vocab_size_divisible_by=8)
-    chunks = build_policy_model(architecture, model, parallel)
-    transports = {}
+    pusher = Pusher(payload)
     results = []
     for push in payload["pushes"]:
-        kind = push["transport"]
-        if kind not in transports:
-            cfg = SGLangConfig(weight_transport=kind, update_timeout=payload["timeout"])
-            transports[kind] = build_transport(
-                cfg, parallel, loop, Path(payload["folder"]), same_machine=True
-            )
-        load_hf_weights(chunks, architecture, push["hf_path"], parallel)
-        source = WeightSource(chunks, architecture, parallel, payload["bucket_bytes"])
-        chosen = [s for s in servers if s.name in push.get("servers", [s.name for s in servers])]
-        started = time.monotonic()
-        problems = transports[kind].push(source, chosen, push["label"])
-        results.append({"problems": problems, "seconds": time.monotonic() - started})
-    for transport in transports.values():
-        transport.close()
-    loop.run(session.close())
-    loop.close()
+        pusher.load(push["hf_path"])
+        results.append(pusher.push(push["transport"], push["label"]))
+    pusher.close()
     return results
+
+
+def push_until_problem(payload: dict[str, Any]) -> dict[str, Any]:
+    """Push the same weights, as 0, 1, 2, ..., until a server has a problem; the result of that push.
+
+    The file ``pushing`` appears after the first push.
+    """
+    pusher = Pusher(payload)
+    pusher.load(payload["hf_path"])
+    for number in range(payload["max_pushes"]):
+        result = pusher.push(payload["transport"], str(number))
+        if number == 0 and pusher.parallel.is_main:
+            Path(payload["pushing"]).touch()
+        if result["problems"]:
+            break
+    pusher.close()
+    return {**result, "number": number}

@@ -7,18 +7,18 @@ server's torch asks before it maps a segment, and removes the segments itself.
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import mmap
 import os
 import secrets
+import socketserver
 import struct
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from apo_megatron.rollout.event_loop import EventLoopThread
 from apo_megatron.rollout.transports.pickled import call, reference, value
 
 _FOLDER = Path("/dev/shm")  # where shm_open looks on Linux
@@ -30,21 +30,22 @@ _HEADER_BYTES = 64
 _NUM_USERS = 2**30
 # What a server's torch sends: its process id, whether it lets a segment go, which one; padded as in C.
 _MESSAGE = struct.Struct("@i?60s3x")
+_ANSWER = b"OK"
+_NUM_AHEAD = 64  # answers that lie ready, so that a server need not wait while Python is busy here
 
 
 class SharedMemory:
     """Owns a segment at a time, and answers the servers that map it."""
 
-    def __init__(self, loop: EventLoopThread) -> None:
+    def __init__(self) -> None:
         """Removes what killed processes have left."""
         for lock in _FOLDER.glob(f"{_PREFIX}*.lock"):
             _remove_if_left_behind(lock)
         self._stem, self._lock = _lock_new_stem()
         self._num_segments = 0
         self._segment: Path | None = None
-        self._loop = loop
         self._socket = _FOLDER / f"{self._stem}.socket"
-        self._server = loop.run(asyncio.start_unix_server(_answer, self._socket))
+        self._manager = _Manager(self._socket)
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """[num_bytes] uint8: a new segment instead of the last one. Raises OSError where there is no room."""
@@ -86,7 +87,7 @@ class SharedMemory:
     def close(self) -> None:
         """Free everything. Servers must be done with the segment."""
         self.free()
-        self._loop.run(_stop(self._server))
+        self._manager.stop()
         _remove_all(self._stem)
         os.close(self._lock)
 
@@ -95,17 +96,29 @@ def _reduction(name: str) -> bytes:
     return reference("torch.multiprocessing.reductions", name)
 
 
-async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(asyncio.IncompleteReadError, ConnectionError):  # the server has ended
-        while True:
-            _, lets_go, _ = _MESSAGE.unpack(await reader.readexactly(_MESSAGE.size))
-            if not lets_go:
-                writer.write(b"OK")
-    writer.close()
+class _Manager(socketserver.ThreadingUnixStreamServer):
+    """In threads of its own: who asks waits for a second at most, and a server that gives up ends."""
+
+    daemon_threads = True
+    block_on_close = False  # servers stay connected
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), _Answers)
+        threading.Thread(target=self.serve_forever, daemon=True, name="shared-memory").start()
+
+    def stop(self) -> None:
+        self.shutdown()
+        self.server_close()
 
 
-async def _stop(server: asyncio.Server) -> None:
-    server.close()
+class _Answers(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        with suppress(ConnectionError):
+            self.wfile.write(_ANSWER * _NUM_AHEAD)
+            while len(message := self.rfile.read(_MESSAGE.size)) == _MESSAGE.size:
+                _, lets_go, _ = _MESSAGE.unpack(message)
+                if not lets_go:
+                    self.wfile.write(_ANSWER)
 
 
 def _lock_new_stem() -> tuple[str, int]:

@@ -64,7 +64,7 @@ class TensorTransport(BucketTransport):
         self._ranks_per_server = ranks_per_server
         self._machines = all_gather_objects(machine_id(), parallel)
         self._routes: dict[str, _Route] = {}
-        self._shared_memory = SharedMemory(loop) if parallel.device.type == "cpu" else None
+        self._shared_memory = SharedMemory() if parallel.device.type == "cpu" else None
         # During a push: servers that map memory, shared memory, what is being read of it.
         self._mapping: set[str] = set()
         self._segment: Tensor | None = None
@@ -130,6 +130,7 @@ class TensorTransport(BucketTransport):
             self._wait_for_flight()
             payload = bucket_payload(flat, layout.places, start)
             body = _body([payload] * self._ranks_per_server, delivery, is_last and layout is layouts[-1])
+            servers = [server for server in servers if server.name not in delivery.problems]
             answers = delivery.submit(servers, UPDATE_PATH, body)
             self._flight = _Flight(start, start + layout.num_bytes, answers)
 
@@ -186,6 +187,7 @@ class TensorTransport(BucketTransport):
             payload = bucket_payload(value(layout.flatten(torch.device("cpu"))), layout.places)
             body = _body([payload] * self._ranks_per_server, delivery, is_last and layout is layouts[-1])
             delivery.submit(servers, UPDATE_PATH, body).result()
+            servers = [server for server in servers if server.name not in delivery.problems]
 
     def _finish(self, delivery: Delivery) -> None:
         self._wait_for_flight()

@@ -1,0 +1,213 @@
+"""Weights travel into real SGLang servers, and what happens to a push when a server dies or hangs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from apo_megatron.rollout.server import ServerAddress, ServerPool
+from apo_megatron.rollout.transports.addresses import address_towards, is_here
+from apo_megatron.rollout.transports.flat_bucket import FlatBucket, pieces
+from apo_megatron.rollout.transports.pickled import bucket_payload, value
+from apo_megatron.rollout.transports.shared_memory import SharedMemory
+from tests.distributed import DistributedRun, run_distributed
+from tests.sglang_models import VOCAB_SIZE, other_model, served_model
+from tests.sglang_servers import sglang_servers
+from tests.workers.transport import unpickled
+
+TENSORS: list[tuple[str, Tensor]] = [
+    ("a", torch.arange(3, dtype=torch.bfloat16)),
+    ("b", torch.arange(10, dtype=torch.float32).view(2, 5).t()),  # not contiguous
+    ("c", torch.tensor(2.5, dtype=torch.float16)),
+]
+
+
+def assert_same_tensors(found: dict[str, Tensor]) -> None:
+    assert found.keys() == dict(TENSORS).keys()
+    for name, tensor in TENSORS:
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def test_flat_bucket_has_no_gaps_and_aligned_tensors() -> None:
+    layout = FlatBucket(TENSORS)
+    assert [place.name for place in layout.places] == ["b", "a", "c"]
+    ends = [0, *(place.end for place in layout.places)]
+    assert [place.start for place in layout.places] == ends[:-1] and layout.num_bytes == ends[-1] == 48
+    assert all(place.start % place.dtype.itemsize == 0 for place in layout.places)
+
+
+def test_pieces_keep_order_and_bound() -> None:
+    tensors = [(str(n), torch.zeros(n, dtype=torch.uint8)) for n in (3, 4, 9, 1, 1)]
+    assert [[name for name, _ in piece] for piece in pieces(tensors, 7)] == [["3", "4"], ["9"], ["1", "1"]]
+
+
+def test_inline_payload_is_what_the_server_takes() -> None:
+    layout = FlatBucket(TENSORS)
+    payload = bucket_payload(value(layout.flatten(torch.device("cpu"))), layout.places)
+    assert_same_tensors(unpickled(payload))
+
+
+def test_shared_memory_is_mapped_and_removed() -> None:
+    before = _shared_files()
+    memory = SharedMemory()
+    layout = FlatBucket(TENSORS)
+    payloads = []
+    for start in (0, 64):
+        segment = memory.allocate(256)
+        layout.copy_to(segment[start:])
+        payload = bucket_payload(memory.tensor(256), layout.places, start)
+        # In another process: torch maps what is its own without asking anybody.
+        (found,) = run_distributed(1, "tests.workers.transport:map_and_clear", {"payload": payload})
+        assert_same_tensors(found)
+        assert not segment[start : start + layout.num_bytes].any()  # it was this memory, not a copy
+        payloads.append(payload)
+    assert payloads[0] != payloads[1]  # a name is never used for other memory
+    with pytest.raises(OSError):
+        memory.allocate(2**50)
+    memory.close()
+    assert _shared_files() <= before
+
+
+def _shared_files() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith("apo_megatron_")}
+
+
+def test_what_a_killed_process_left_is_removed() -> None:
+    before = _shared_files()
+    memory = SharedMemory()
+    memory.allocate(64)
+    left = _shared_files() - before
+    SharedMemory().close()
+    assert left <= _shared_files()  # in use
+    os.close(memory._lock)  # as the end of a process does
+    SharedMemory().close()
+    assert not left & _shared_files() and len(left) == 3
+
+
+def test_addresses() -> None:
+    assert address_towards("http://127.0.0.1:30000") == "127.0.0.1"
+    assert is_here("http://127.0.0.1:30000", True) and not is_here("http://localhost:30000", False)
+    assert not is_here("http://192.0.2.1:30000", True)  # reserved for documentation
+
+
+def payload_for(servers: ServerPool, folder: Path, timeout: float) -> dict[str, Any]:
+    return {
+        "layout": {"tensor_parallel_size": 2},
+        "servers": [(server.name, server.url) for server in servers.addresses()],
+        "hf_path": str(served_model()),
+        "dtype": "float32",
+        "bucket_bytes": 40_000,
+        "timeout": timeout,
+        "folder": str(folder),
+    }
+
+
+def test_every_transport_brings_exactly_the_weights(tmp_path: Path) -> None:
+    """TP2 ranks, two servers: pushed forth and back by one transport after the other."""
+    servers = sglang_servers(served_model(), num_servers=2)
+    prompt = np.random.default_rng(0).integers(2, VOCAB_SIZE, 12).astype(np.int32)
+    kinds = ("tensors", "broadcast", "disk")
+    pushes = [
+        {"transport": kind, "hf_path": str(path), "label": f"{kind}-{path.name}"}
+        for kind in kinds
+        for path in (other_model(), served_model())
+    ]
+    payload = payload_for(servers, tmp_path, timeout=120.0) | {"pushes": pushes, "prompt": prompt.tolist()}
+    results = run_distributed(2, "tests.workers.transport:push_weights", payload)
+    assert [r["problems"] for rank in results for r in rank] == [{}] * 2 * len(pushes)
+
+    expected = {path.name: _greedy(path, prompt) for path in (other_model(), served_model())}
+    checksums: dict[str, set[str]] = {path: set() for path in expected}
+    for push, result in zip(pushes, results[0], strict=True):
+        model = Path(push["hf_path"]).name
+        tokens, log_probs = expected[model]
+        for seen in result["seen"]:
+            assert seen["label"] == push["label"]
+            assert seen["tokens"] == tokens, push
+            assert np.abs(np.array(seen["log_probs"]) - log_probs).max() < 1e-3, push
+            checksums[model].add(seen["checksum"])
+    assert all(len(found) == 1 for found in checksums.values())
+    assert checksums["served"] != checksums["other"]
+    assert list(tmp_path.iterdir()) == []  # the disk transport has cleaned up
+
+
+@torch.inference_mode()
+def _greedy(path: Path, prompt: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """Eight more tokens, and the log-probs of prompt tokens 1, 2, ..."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokens = torch.from_numpy(prompt.astype(np.int64))
+    log_probs = torch.log_softmax(model(tokens[None]).logits[0], dim=-1)
+    of_prompt = log_probs[:-1].gather(-1, tokens[1:, None])[:, 0].numpy()
+    for _ in range(8):
+        tokens = torch.cat([tokens, model(tokens[None]).logits[0, -1].argmax()[None]])
+    return tokens[len(prompt) :].tolist(), of_prompt
+
+
+def test_a_hung_server_holds_a_push_up_for_one_time_out(tmp_path: Path) -> None:
+    servers = sglang_servers(served_model(), num_servers=2)
+    for transport in ("disk", "broadcast"):
+        stopped: list[psutil.Process] = []
+
+        def stop(process: psutil.Process, stopped: list[psutil.Process] = stopped) -> None:
+            stopped += [process, *process.children(recursive=True)]
+            for one in stopped:
+                one.suspend()
+
+        try:
+            result = _push_with_fault(servers, transport, tmp_path / transport, 5.0, stop)
+        finally:
+            for one in stopped:
+                one.resume()
+        assert 4.0 < result["seconds"] < 14.0, transport
+
+
+@pytest.mark.parametrize("transport", ["tensors", "broadcast"])
+def test_a_killed_server_is_noticed_at_once(transport: str, tmp_path: Path) -> None:
+    servers = sglang_servers(served_model(), num_servers=2)
+    result = _push_with_fault(servers, transport, tmp_path, 60.0, psutil.Process.kill)
+    assert result["seconds"] < 30.0
+
+
+def _push_with_fault(
+    servers: ServerPool, transport: str, folder: Path, timeout: float, fault: Callable[[psutil.Process], None]
+) -> dict[str, Any]:
+    """Hit the second server while it is being pushed to; the push in which that is noticed."""
+    survivor, victim = servers.addresses()
+    folder.mkdir(exist_ok=True)
+    pushing = folder / "pushing"
+    payload = payload_for(servers, folder, timeout) | {
+        "transport": transport,
+        "pushing": str(pushing),
+        "max_pushes": 1000,
+    }
+    with DistributedRun(2, "tests.workers.transport:push_until_problem", payload) as run:
+        while not pushing.exists() and run.exit_codes(0.0) == [None, None]:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        fault(_process_of(victim))
+        results = run.results(120.0)
+    assert results[0]["problems"] == results[1]["problems"]
+    assert list(results[0]["problems"]) == [victim.name]
+    seen = results[0]["seen"]
+    assert [server["name"] for server in seen] == [survivor.name]
+    assert seen[0]["label"] == str(results[0]["number"])
+    return results[0]
+
+
+def _process_of(server: ServerAddress) -> psutil.Process:
+    port = int(server.url.rpartition(":")[2])
+    return next(
+        psutil.Process(connection.pid)
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid
+    )
