@@ -1,0 +1,227 @@
+"""Runs on a simulated Ray cluster of two nodes: the same numbers; ranks, nodes and servers that are lost."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from ray.cluster_utils import Cluster
+
+from tests.countdown_base import CountdownBase, make_countdown_base
+from tests.distributed import run_distributed
+from tests.sglang_servers import sglang_python, stop_sglang_servers
+
+ROOT = Path(__file__).resolve().parent.parent
+NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+NUM_STEPS = 24
+PATIENCE = 300.0  # seconds, on a very busy machine
+ENDS_WITHIN = 60.0  # seconds from a failure until every process of the run is gone
+TIMED = re.compile(r"^time/|seconds$|_gap$")
+
+
+class TwoNodes:
+    """A head and a node that can be taken away, one CPU each; ``grow``: CPUs of a node that is added."""
+
+    def __init__(self) -> None:
+        self._cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+        self.address = str(self._cluster.address)
+        self.second = self._cluster.add_node(**NODE)
+
+    def remove_second(self) -> None:
+        self._cluster.remove_node(self.second)
+
+    def add_second(self, num_cpus: int = 1) -> None:
+        self.second = self._cluster.add_node(**{**NODE, "num_cpus": num_cpus})
+
+    def processes(self, module: str, second_only: bool = False) -> list[psutil.Process]:
+        """Those on the nodes that run ``python -m module``."""
+        nodes = [self.second] if second_only else self._cluster.list_all_nodes()
+        found = []
+        for node in nodes:
+            for raylet in node.all_processes.get("raylet", []):
+                with suppress(psutil.NoSuchProcess):
+                    found += psutil.Process(raylet.process.pid).children(recursive=True)
+        return [process for process in found if _runs(process, module)]
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+def _runs(process: psutil.Process, module: str) -> bool:
+    with suppress(psutil.Error):
+        return process.status() != psutil.STATUS_ZOMBIE and module in process.cmdline()
+    return False
+
+
+class Launch:
+    """The launcher as a user starts it, with what it has shown; killed at the end of the ``with`` block."""
+
+    def __init__(self, cluster: TwoNodes, config: dict[str, Any], *words: str) -> None:
+        self.folder = Path(config["train"]["run_dir"])
+        path = self.folder.with_suffix(".yaml")
+        path.write_text(yaml.safe_dump(config))
+        self._output = self.folder.with_suffix(".out")
+        command = [sys.executable, "-m", "apo_megatron.launch.ray", "--config", str(path), *words]
+        with self._output.open("w") as output:
+            self._process = subprocess.Popen(
+                [*command, "--address", cluster.address], cwd=ROOT, stdout=output, stderr=output
+            )
+
+    @property
+    def text(self) -> str:
+        return self._output.read_text(errors="replace")
+
+    @property
+    def num_steps(self) -> int:
+        metrics = self.folder / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self._process.poll() is None and time.monotonic() < deadline, self.text[-6000:]
+            time.sleep(0.05)
+
+    def exit_code(self, seconds: float = PATIENCE) -> int:
+        return self._process.wait(seconds)
+
+    def send(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def __enter__(self) -> Launch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        if kind is not None:
+            print(self.text[-6000:])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> CountdownBase:
+    return make_countdown_base(tmp_path_factory.mktemp("countdown"))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[TwoNodes]:
+    nodes = TwoNodes()
+    yield nodes
+    nodes.close()
+
+
+def _config(base: CountdownBase, run: str, **sections: Any) -> dict[str, Any]:
+    wanted: dict[str, Any] = {
+        "parallel": {"tensor_parallel_size": 1},
+        "train": {"run_dir": str(base.folder / run), "num_steps": NUM_STEPS, "num_mini_batches": 2},
+        "checkpoint": {"interval": 2, "keep_last": 2, "export_hf": False},
+    }
+    for section, values in sections.items():
+        wanted[section] = {**wanted.get(section, {}), **values}
+    return base.config(run, **wanted)
+
+
+def _metrics(folder: Path) -> list[dict[str, float]]:
+    """Of each step, without times and what rounding is all of."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: row[name] for name in row if not TIMED.search(name)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def reference(base: CountdownBase) -> list[dict[str, float]]:
+    """The metrics of a run without Ray and without interruption."""
+    config = _config(base, "reference")
+    run_distributed(2, "tests.workers.ray_reference:run", config)
+    return _metrics(base.folder / "reference")
+
+
+def _assert_same(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for row, same in zip(found, expected, strict=True):
+        assert row == pytest.approx(same, rel=1e-4, abs=1e-6)
+
+
+def test_a_lost_node_costs_no_step_when_the_run_may_restart(
+    base: CountdownBase, cluster: TwoNodes, reference: list[dict[str, float]]
+) -> None:
+    config = _config(base, "lost_node")
+    with Launch(cluster, config, "--num-trainers", "2", "--max-failures", "1") as launch:
+        launch.wait_for(lambda: launch.num_steps >= 5)
+        assert len(cluster.processes("apo_megatron.launch.rank_main", second_only=True)) == 1
+        cluster.remove_second()
+        launch.wait_for(lambda: "waiting" in launch.text.partition("was lost")[2])
+        assert "its node is gone" in launch.text and "restart 1 of 1, from step_0000" in launch.text
+        assert not cluster.processes("apo_megatron.launch.rank_main")
+        cluster.add_second()
+        assert launch.exit_code() == 0
+    _assert_same(_metrics(launch.folder), reference)
+
+
+def test_a_killed_rank_ends_the_run_which_can_go_on_and_stop_in_order(
+    base: CountdownBase, cluster: TwoNodes, reference: list[dict[str, float]]
+) -> None:
+    config = _config(base, "killed_rank")
+    with Launch(cluster, config, "--num-trainers", "2") as launch:
+        launch.wait_for(lambda: launch.num_steps >= 5)
+        ranks = cluster.processes("apo_megatron.launch.rank_main")
+        assert len(ranks) == 2
+        victim = next(process for process in ranks if process.environ()["RANK"] == "1")
+        killed = time.monotonic()
+        victim.kill()
+        assert launch.exit_code(ENDS_WITHIN) == 1
+        assert not any(process.is_running() for process in ranks)
+        assert time.monotonic() - killed < ENDS_WITHIN
+    assert re.search(r"error: rank 1 on node .* was ended by SIGKILL", launch.text)
+    command = re.search(r"To go on from step_\d+: (.*)", launch.text)
+    assert command is not None and command[1].endswith("--resume auto") and str(launch.folder) in command[1]
+
+    num_before = len(_metrics(launch.folder))
+    with Launch(cluster, config, "--num-trainers", "2", "--resume", "auto") as launch:
+        launch.wait_for(lambda: "step" in launch.text and launch.num_steps > num_before)
+        launch.send(signal.SIGTERM)
+        assert launch.exit_code() == 130
+    found = _metrics(launch.folder)
+    assert f"stopped after step {len(found)} of {NUM_STEPS}, the state is saved" in launch.text
+    assert (launch.folder / "checkpoints" / "latest").read_text() == f"step_{len(found):06d}"
+    _assert_same(found, reference[: len(found)])
+    assert not cluster.processes("apo_megatron.launch.rank_main")
+
+
+def test_a_killed_actor_or_launcher_takes_its_rank_along(base: CountdownBase, cluster: TwoNodes) -> None:
+    with Launch(cluster, _config(base, "killed_actor"), "--num-trainers", "2") as launch:
+        launch.wait_for(lambda: launch.num_steps >= 1)
+        (rank,) = cluster.processes("apo_megatron.launch.rank_main", second_only=True)
+        actor = rank.parent()
+        assert actor is not None
+        actor.kill()
+        assert launch.exit_code(ENDS_WITHIN) == 1
+        assert not rank.is_running()
+    assert re.search(r"error: rank \d on node .* was lost", launch.text)
+
+
+def test_too_small_a_cluster_is_named_at_once_or_waited_for(base: CountdownBase, cluster: TwoNodes) -> None:
+    config = _config(base, "waiting")
+    with Launch(cluster, config, "--num-trainers", "3") as launch:
+        assert launch.exit_code() == 2
+    assert "it lacks 1 CPU (3 asked, 2 there)" in launch.text
+    with Launch(
+        cluster, config, "--num-trainers", "3", "--wait-for-nodes", "--wait-minutes", "0.1"
+    ) as launch:
+        assert launch.exit_code() == 2
+    assert re.search(r"ray: waiting 0:0\d of 0:06 for resources, asked: 3 x \(1 CPU\)", launch.text)
+    assert len(re.findall(r"\): 1 of 1 CPU free", launch.text)) >= 4  # two nodes, shown twice
+    assert "gave up after 0:06 (--wait-minutes)" in launch.text
