@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,20 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 def test_a_start_that_takes_too_long(model: ModelConfig, tmp_path: Path) -> None:
     message = start_one(model, tmp_path, startup_timeout=1.0)
     assert "server-0 did not serve within 1 s (rollout.sglang.startup_timeout)" in message
+
+
+def test_closed_while_it_starts(model: ModelConfig, tmp_path: Path) -> None:
+    servers = ServerPool(
+        SGLangConfig(python=sglang_python()), model, tmp_path, on_cpu=True, note=lambda line: None
+    )
+    with ThreadPoolExecutor(1) as executor:
+        start = executor.submit(servers.start)
+        assert eventually(lambda: len(processes_of(tmp_path / "server-0.log")) > 1)
+        servers.close()
+        with pytest.raises(RolloutError, match="server-0 was closed while it started"):
+            start.result()
+    assert processes_of(tmp_path / "server-0.log") == []
+    assert servers.addresses() == []
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import ipaddress
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,11 +68,14 @@ class ServerPool:
                 cfg.num_servers, cfg.tensor_parallel_size, num_trainer_gpus, cfg.colocated
             )
         self._servers: dict[str, WatchedServer] = {}
+        self._lock = threading.Lock()  # another thread may close the pool while it starts
+        self._is_closed = False
 
     def start(self) -> None:
         """Start all servers at once and wait until each answers.
 
-        Raises RolloutError with the last lines of one that does not start; the others are then ended too.
+        Raises RolloutError with the last lines of one that does not start (the others are then ended too),
+        or where another thread closes the pool meanwhile.
         """
         assert not self._servers, "a pool is started once"
         if not _is_loopback(self._cfg.host) and self._command.api_key is None:
@@ -82,12 +86,8 @@ class ServerPool:
         self._log_folder.mkdir(parents=True, exist_ok=True)
         atexit.register(self.close)
         try:
-            for index, devices in enumerate(self._devices):
-                name = f"server-{index}"
-                log_path = self._log_folder / f"{name}.log"
-                self._servers[name] = WatchedServer(
-                    name, self._command, self._cfg, devices, log_path, self._note
-                )
+            with self._lock:
+                self._create()
             for server in self._servers.values():
                 problem = server.wait_until_started()
                 if problem is not None:
@@ -96,9 +96,18 @@ class ServerPool:
             self.close()
             raise
 
+    def _create(self) -> None:
+        if self._is_closed:
+            raise RolloutError("the servers were closed before they were started")
+        for index, devices in enumerate(self._devices):
+            name = f"server-{index}"
+            self._servers[name] = WatchedServer(
+                name, self._command, self._cfg, devices, self._log_folder / f"{name}.log", self._note
+            )
+
     def addresses(self) -> list[ServerAddress]:
         """Of those that serve now."""
-        found = (server.address() for server in self._servers.values())
+        found = [server.address() for server in list(self._servers.values())]
         return [address for address in found if address is not None]
 
     def restart(self, name: str, reason: str) -> None:
@@ -107,10 +116,13 @@ class ServerPool:
 
     def failure(self) -> str | None:
         """Of a server that is not started again: it used up max_restarts; with its last lines."""
-        return next((failure for s in self._servers.values() if (failure := s.failure()) is not None), None)
+        failures = [server.failure() for server in list(self._servers.values())]
+        return next((failure for failure in failures if failure is not None), None)
 
     def close(self) -> None:
         """End all servers; returns when their processes are gone. Safe to call again."""
+        with self._lock:
+            self._is_closed = True
         for server in self._servers.values():
             server.request_close()
         for server in self._servers.values():

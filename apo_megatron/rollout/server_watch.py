@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
@@ -62,6 +63,7 @@ class WatchedServer:
         self._address: ServerAddress | None = None
         self._failure: str | None = None
         self._restart_reason: str | None = None
+        self._serves_since = math.inf  # of the process that runs or ran last; the thread's own
         self._closing = threading.Event()
         self._settled = threading.Event()  # it serves, or has failed
         self._thread = threading.Thread(target=self._watch, name=f"watch {name}", daemon=True)
@@ -97,31 +99,38 @@ class WatchedServer:
         self._thread.join()
 
     def _watch(self) -> None:
-        pause, num_restarts = FIRST_PAUSE, 0
         try:
-            while not self._closing.is_set():
-                since = time.monotonic()
-                try:
-                    problem = self._live()
-                except (RolloutError, ConfigError, OSError) as error:  # it did not start
-                    problem = str(error)
-                    if not self._settled.is_set():  # ever: it will not the next time either
-                        self._fail(problem)
-                        return
-                if self._closing.is_set():
-                    return
-                if num_restarts == self._cfg.max_restarts:
-                    limit = f"restarted {num_restarts} times (rollout.sglang.max_restarts)"
-                    self._fail(f"{self.name} was {limit}. {problem}")
-                    return
-                pause = FIRST_PAUSE if time.monotonic() - since > HEALTHY_SECONDS else pause
-                num_restarts += 1
-                self._note(f"{problem}\nrestart {num_restarts} of {self._cfg.max_restarts} in {pause:g} s")
-                self._closing.wait(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+            self._keep_serving()
         finally:
             self._port.close()
+            if not self._closing.is_set() and self.failure() is None:
+                self._fail(f"{self.name}: the thread that watches it ended with an error of ours")
             self._settled.set()
+
+    def _keep_serving(self) -> None:
+        """Until it is closed, or a failure is noted."""
+        pause, num_restarts = FIRST_PAUSE, 0
+        while True:
+            try:
+                problem = self._live()
+            except (RolloutError, ConfigError, OSError) as error:  # it did not start
+                problem = str(error)
+                if not self._settled.is_set():  # ever: it will not the next time either
+                    self._fail(problem)
+                    return
+            if self._closing.is_set():
+                return
+            if num_restarts == self._cfg.max_restarts:
+                limit = f"restarted {num_restarts} times (rollout.sglang.max_restarts)"
+                self._fail(f"{self.name} was {limit}. {problem}")
+                return
+            if time.monotonic() - self._serves_since > HEALTHY_SECONDS:
+                pause = FIRST_PAUSE
+            num_restarts += 1
+            self._note(f"{problem}\nrestart {num_restarts} of {self._cfg.max_restarts} in {pause:g} s")
+            if self._closing.wait(pause):
+                return
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     def _fail(self, message: str) -> None:
         with self._lock:
@@ -129,8 +138,10 @@ class WatchedServer:
 
     def _live(self) -> str:
         """Start it and wait until it has ended; why it has. Raises RolloutError where it never served."""
+        self._serves_since = math.inf
         process = self._start()
         try:
+            self._serves_since = time.monotonic()
             address = ServerAddress(self.name, f"http://{_host_in_url(self._cfg.host)}:{self._port_number()}")
             with self._lock:
                 self._address, self._restart_reason = address, None
@@ -158,10 +169,14 @@ class WatchedServer:
             process = ServerProcess(
                 self._command, self._cfg.api_key_variable, self._devices, self._port_number(), self._log_path
             )
-            problem = self._wait_until_serving(process)
+            problem: str | None = "was abandoned"
+            try:
+                problem = self._wait_until_serving(process)
+            finally:
+                if problem is not None:
+                    process.kill()
             if problem is None:
                 return process
-            process.kill()
             if problem != _STRANGER and not process.port_was_taken():
                 raise RolloutError(f"{self.name} {problem}. {self._explain(process)}{self._quote(process)}")
             self._note(f"{self.name}: somebody else took port {self._port_number()}, it tries another one")
