@@ -1,15 +1,14 @@
 """The rollout engine of the production path: SGLang servers over HTTP, with weights pushed into them.
 
-Who does what: sglang_client.py speaks to one server; sglang_servers.py knows which ones this rank can use;
-sglang_generation.py draws and retries; sglang_update.py brings weights in and proves it; server_sources.py
-says which servers there are; transport.py carries the weights. This file ties them together, and keeps the
-ranks together: rank 0 decides, the others follow.
+Who does what: sglang_client.py speaks to one server, sglang_server.py knows its state, sglang_servers.py
+which of all a request goes to; sglang_generation.py draws and retries; sglang_update.py brings weights in and
+proves it; server_sources.py says which servers there are; transport.py carries the weights. This file ties
+them together, and keeps the ranks together: rank 0 decides, the others follow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -22,6 +21,7 @@ from apo_megatron.parallel.collectives import all_reduce_max
 from apo_megatron.parallel.world import World
 from apo_megatron.rollout.engine import Probe, Progress, SampleRequest, SamplingParams
 from apo_megatron.rollout.event_loop import EventLoopThread
+from apo_megatron.rollout.model_limits import ModelLimits
 from apo_megatron.rollout.server_sources import ServerSource
 from apo_megatron.rollout.sglang_client import SGLangClient, open_session
 from apo_megatron.rollout.sglang_generation import ABORT_SECONDS, Decode, DrawSettings, SGLangGeneration
@@ -37,15 +37,6 @@ NOTE_SECONDS = 10.0  # between two status lines while there is nothing to do but
 POLL_SECONDS = 0.5
 # What rank 0 finds when the engine looks at its servers.
 _NONE_SERVES, _SOME_SERVE, _SOME_BEHIND, _NO_HOPE = range(4)
-
-
-@dataclass(frozen=True)
-class ModelLimits:
-    """What a request must keep to: a server ends at a token that the model does not have."""
-
-    vocab_size: int
-    max_positions: int
-    eos_token_ids: frozenset[int]
 
 
 class SGLangEngine:
@@ -89,8 +80,10 @@ class SGLangEngine:
     ) -> SGLangGeneration:
         """See ``RolloutEngine``. Raises RolloutError for what must not be sent: tokens that the model does
         not have, or more of them than it has positions."""
-        stop_token_ids = tuple(sorted(self._limits.eos_token_ids | set(sampling.stop_token_ids)))
-        self._check(requests, sampling, stop_token_ids)
+        if self.policy_version < 0 or self._is_asleep:
+            raise RolloutError("the rollout engine has no weights: call update_weights before it draws")
+        stop_token_ids = self._limits.stop_token_ids(sampling)
+        self._limits.check([request.prompt for request in requests], sampling)
         settings = DrawSettings(
             sampling,
             stop_token_ids,
@@ -140,7 +133,7 @@ class SGLangEngine:
 
     def recover(self, source: WeightSource | None) -> bool:
         """See ``RolloutEngine``. Raises RolloutError where no server is usable and none will come back."""
-        assert self.policy_version >= 0, "recover comes after update_weights"
+        assert self.policy_version >= 0 and not self._is_asleep, "recover comes after update_weights"
         found = all_reduce_max(
             self._look_around(can_update=source is not None) if self._parallel.is_main else 0, self._parallel
         )
@@ -158,9 +151,9 @@ class SGLangEngine:
         if not self._cfg.sglang.colocated:
             return
         self._stop_generations()
-        names = self._agree(lambda: self._loop.run(self._servers.usable()))
+        names = self._agree(lambda: self._loop.run(self._servers.reachable()))
         self._loop.run(self._servers.stop_watching(names))
-        problems = self._updater.put_to_sleep([self._servers[name] for name in names], self._servers.label)
+        problems = self._updater.put_to_sleep([self._servers[name] for name in names])
         self._loop.run(self._servers.set_updated("", [], problems))
         self._note_problems(problems)
         self._is_asleep = True
@@ -226,7 +219,8 @@ class SGLangEngine:
             if failure is not None:
                 raise RolloutError(failure)
             sleep(POLL_SECONDS)
-        self._note(f"waiting for SGLang servers: {self._servers.describe()}")
+        if not self._source.is_starting():  # which has lines of its own
+            self._note(f"waiting for SGLang servers: {self._servers.describe()}")
         return []
 
     def _look_around(self, can_update: bool) -> int:
@@ -261,34 +255,6 @@ class SGLangEngine:
         if self._parallel.is_main and min(seconds, monotonic() - self._last_note) > NOTE_SECONDS:
             self._last_note = monotonic()
             self._note(f"no SGLang server is usable for {seconds:.0f} s: {self._servers.describe()}")
-
-    def _check(
-        self, requests: Sequence[SampleRequest], sampling: SamplingParams, stop_token_ids: tuple[int, ...]
-    ) -> None:
-        if self.policy_version < 0 or self._is_asleep:
-            raise RolloutError("the rollout engine has no weights: call update_weights before it draws")
-        limits = self._limits
-        outside = [i for i in stop_token_ids if not 0 <= i < limits.vocab_size]
-        if outside:
-            raise RolloutError(
-                f"stop tokens {outside} lie outside the model's vocabulary of {limits.vocab_size}: mend "
-                "rollout.stop_token_ids, or eos_token_id in generation_config.json"
-            )
-        for prompt in (request.prompt for request in requests):
-            num_tokens = len(prompt.token_ids)
-            assert num_tokens > 0, f"prompt {prompt.prompt_id} is empty"
-            wrong = prompt.token_ids[(prompt.token_ids < 0) | (prompt.token_ids >= limits.vocab_size)]
-            if len(wrong):
-                raise RolloutError(
-                    f"prompt {prompt.prompt_id!r}: token {wrong[0]} lies outside the model's vocabulary of "
-                    f"{limits.vocab_size}, and would end the server: the prompts belong to another tokenizer"
-                )
-            if num_tokens + sampling.max_new_tokens > limits.max_positions:
-                raise RolloutError(
-                    f"prompt {prompt.prompt_id!r}: {num_tokens} tokens + max_new_tokens="
-                    f"{sampling.max_new_tokens} exceed the model's max_position_embeddings="
-                    f"{limits.max_positions}: lower rollout.max_new_tokens or data.max_prompt_length"
-                )
 
 
 async def _make_servers(

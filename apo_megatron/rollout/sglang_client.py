@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any, TypeVar
 
 import aiohttp
@@ -231,7 +232,7 @@ class SGLangClient:
         return answer
 
     async def _exchange(self, method: str, path: str, body: Any, timeout: float) -> bytes:
-        data = None if body is None else orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+        data = None if body is None else BytesIO(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY))
         try:
             async with self._session.request(
                 method,

@@ -70,12 +70,12 @@ class SGLangGeneration:
     def wait(self, seconds: float) -> bool:
         """See ``Generation``. ``progress`` is told from here, on the caller's thread."""
         concurrent.futures.wait([self._done], seconds)
+        is_done = self._done.done()  # before the news: there are none after it
         while self._progress is not None and self._news:
             self._progress(*self._news.popleft())
-        if not self._done.done():
-            return False
-        self._done.result()
-        return True
+        if is_done:
+            self._done.result()
+        return is_done
 
     def wait_for_end(self, seconds: float) -> None:
         """Wait until nothing runs any more, whether it went well or not."""

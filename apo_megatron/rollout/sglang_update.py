@@ -88,10 +88,11 @@ class WeightUpdater:
         self._require_agreement(proofs, label, probe)
         return UpdateOutcome(proofs, {**problems, **more})
 
-    def put_to_sleep(self, servers: Sequence[SGLangClient], label: str) -> Problems:
-        """Have servers with the weights ``label`` release their memory. Collective."""
+    def put_to_sleep(self, servers: Sequence[SGLangClient]) -> Problems:
+        """Have servers release their memory. Collective."""
 
         async def sleep(server: SGLangClient) -> None:
+            label = await server.weight_label()
             await server.pause()
             await server.flush_cache()  # refused while anything runs, which must not lose its memory
             await server.release_memory()
@@ -165,6 +166,8 @@ class WeightUpdater:
             try:
                 return await action(server)
             except ServerError as error:
+                if not error.retryable:  # a wrong key, or no SGLang server at all
+                    raise RolloutError(str(error)) from error
                 return error
 
         async def attempt_all() -> list[T | ServerError]:
