@@ -27,7 +27,7 @@ class CountdownBase:
             "model": {"hf_path": str(self.model), "dtype": "float32", "make_vocab_size_divisible_by": 1},
             "data": {
                 "train_path": str(self.folder / "data" / "train.jsonl"),
-                "prompts_per_step": 8,
+                "prompts_per_step": 16,
                 "max_prompt_length": 16,
             },
             "train": {

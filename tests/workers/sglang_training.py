@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,8 +51,10 @@ def run(payload: dict[str, Any]) -> dict[str, Any]:
         return trained_sequences(groups)
 
     apo_megatron.train.trained_sequences = record
-    SGLangEngine.start = _before_return(SGLangEngine.start, lambda: hurt("generate"))  # type: ignore[method-assign,assignment]
-    WeightSource.buckets = _with_interruption(WeightSource.buckets, lambda: hurt("push"))  # type: ignore[method-assign,assignment]
+    SGLangEngine.start = _before_return(SGLangEngine.start, lambda: hurt("generate"))  # type: ignore[method-assign]
+    WeightSource.buckets = _with_interruption(  # type: ignore[assignment,method-assign]
+        WeightSource.buckets, lambda: hurt("push")
+    )
     ended = ""
     try:
         train(RLConfig.model_validate(payload["config"]))
@@ -82,18 +85,33 @@ def _with_interruption(
 
 
 def server_processes() -> list[psutil.Process]:
-    """The HTTP processes of the servers that this process has started, in the order of their names."""
+    """The HTTP processes of the servers that this process has started, the oldest first."""
     found = []
     for process in psutil.Process().children(recursive=True):
         words = process.cmdline()
-        if "sglang.launch_server" in words:
-            found.append((words[words.index("--port") + 1], process))
-    return [process for _, process in sorted(found, key=lambda pair: pair[1].create_time())]
+        is_guard = any(word.endswith("server_guard.py") for word in words)
+        if "sglang.launch_server" in words and not is_guard:
+            found.append(process)
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def _serves(process: psutil.Process) -> bool:
+    words = process.cmdline()
+    url = f"http://127.0.0.1:{words[words.index('--port') + 1]}/model_info"
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def _hurt(servers: Sequence[int], number: signal.Signals) -> str:
-    processes = server_processes()
-    chosen = [processes[i] for i in servers if i < len(processes)]
+    """All processes of these servers, once those that an earlier fault has hit serve again."""
+    deadline = time.monotonic() + 300
+    while len(processes := server_processes()) < 2 or not all(map(_serves, processes)):
+        assert time.monotonic() < deadline, "the servers do not come back"
+        time.sleep(0.5)
+    chosen = [processes[i] for i in servers]
     for process in chosen:
         for victim in [process, *process.children(recursive=True)]:
             victim.send_signal(number)
