@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 
@@ -15,10 +16,19 @@ _folder = tempfile.TemporaryDirectory(prefix="sglang_models_")
 @functools.cache
 def served_model() -> Path:
     """The one that servers start with."""
-    return make_tiny_model(Path(_folder.name, "served"), "qwen3", seed=0)
+    return _make("served", seed=0)
 
 
 @functools.cache
 def other_model() -> Path:
     """Other weights, for updates."""
-    return make_tiny_model(Path(_folder.name, "other"), "qwen3", seed=1)
+    return _make("other", seed=1)
+
+
+def _make(name: str, seed: int) -> Path:
+    """Without an EOS of its own: completions end at the stop tokens that a test sends, or not at all."""
+    folder = make_tiny_model(Path(_folder.name, name), "qwen3", seed=seed)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    return folder
