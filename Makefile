@@ -3,6 +3,7 @@
 #
 #   PYTHON=...       the interpreter for .venv (3.11 or later)
 #   PIP_ARGS=...     passed to pip, for instance an index with CPU builds of torch (see constraints.txt)
+#   ROLLOUT=sglang   the demo draws its samples with a real SGLang server
 #   DEMO_ARGS=...    passed to the demo, for instance --quick
 #   PYTEST_ARGS=...  passed to pytest, for instance tests/test_config.py
 
@@ -15,6 +16,7 @@ SGLANG_VENV := .venv-sglang
 SGLANG_PYTHON := $(SGLANG_VENV)/bin/python
 SGLANG_INSTALLED := $(SGLANG_VENV)/installed
 SGLANG_FILES := tools/sglang_cpu
+ROLLOUT ?= embedded
 FIND_SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 HAS_PYTHON = $(if $(PYTHON),$(PYTHON) $(IS_RECENT),false) || { \
     echo "error: found no Python 3.11 or later ('$(PYTHON)'): install one, or name it: make PYTHON=..." >&2; \
@@ -26,8 +28,8 @@ HAS_PYTHON = $(if $(PYTHON),$(PYTHON) $(IS_RECENT),false) || { \
 help: ## Print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(INSTALLED) ## Cold start, GRPO and APO on Countdown, compared by Pass@K, in runs/demo
-	$(BIN)/python examples/countdown/demo.py --out runs/demo $(DEMO_ARGS)
+demo: $(INSTALLED) $(if $(filter sglang,$(ROLLOUT)),$(SGLANG_INSTALLED)) ## Cold start, GRPO and APO on Countdown, compared by Pass@K, in runs/demo
+	$(BIN)/python examples/countdown/demo.py --out runs/demo --rollout $(ROLLOUT) $(DEMO_ARGS)
 
 # Both parts run, so that one call shows everything that is wrong.
 test: both ## Linters and all tests (those that need a GPU are skipped without one)
