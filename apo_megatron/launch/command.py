@@ -73,14 +73,14 @@ def _launch_parser() -> _Parser:
     parser.add_argument(
         "--num-trainers",
         metavar="N",
-        type=_positive_int,
+        type=positive_integer,
         help="trainer ranks, a GPU each, or a CPU where the cluster has no GPUs (default: all GPUs that the "
         "servers leave; without GPUs one copy of the model)",
     )
     parser.add_argument(
         "--wait-minutes",
         metavar="M",
-        type=_positive_float,
+        type=positive_number,
         default=30.0,
         help="how long to wait for resources (default: 30)",
     )
@@ -92,26 +92,26 @@ def _launch_parser() -> _Parser:
     parser.add_argument(
         "--max-failures",
         metavar="N",
-        type=_natural,
+        type=non_negative_integer,
         default=0,
         help="restart the trainer from its latest checkpoint after so many failures (default: 0)",
     )
     return parser
 
 
-def _positive_int(text: str) -> int:
+def positive_integer(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text}, expected 1 or more")
     return int(text)
 
 
-def _natural(text: str) -> int:
+def non_negative_integer(text: str) -> int:
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"found {text}, expected 0 or more")
     return int(text)
 
 
-def _positive_float(text: str) -> float:
+def positive_number(text: str) -> float:
     if not 0 < float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"found {text}, expected more than 0")
     return float(text)

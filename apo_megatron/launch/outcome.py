@@ -28,11 +28,12 @@ class RunFailed(TrainingError):
 @dataclass(frozen=True)
 class RankEnd:
     """A rank that runs no more. ``code``: of its process, -N after signal N; None where ``problem`` says
-    how it was lost."""
+    how it was lost. ``node_is_silent``: it may run on, cut off from us."""
 
     place: RankPlace
     code: int | None
     problem: str = ""
+    node_is_silent: bool = False
 
     @property
     def is_failure(self) -> bool:

@@ -185,8 +185,8 @@ def launch(options: LaunchOptions, cfg: RLConfig, words: Sequence[str]) -> None:
             totals = {name: sum(node.total.get(name, 0) for node in nodes) for name in ("GPU", "CPU")}
             say(f"{which}: {len(nodes)} node{'s' * (len(nodes) > 1)}, {describe(totals)}")
             plan = make_plan(cfg, options.num_trainers, nodes)
-            servers = f" and {plan.num_servers} SGLang servers" if plan.num_servers else ""
-            say(f"{plan.num_ranks} trainer ranks{servers} on {'GPUs' if plan.use_gpu else 'CPUs'}")
+            servers = f", SGLang servers: {plan.num_servers}" if plan.num_servers else ""
+            say(f"trainer ranks: {plan.num_ranks}{servers}, on {'GPUs' if plan.use_gpu else 'CPUs'}")
             Supervisor(cluster, plan, cfg, options, words, _folder_of_ranks(cfg), stop, say).run()
     finally:
         cluster.close()

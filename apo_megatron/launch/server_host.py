@@ -13,8 +13,6 @@ from pathlib import Path
 import yaml
 
 from apo_megatron.config import RLConfig
-from apo_megatron.rollout.server import ServerPool
-from apo_megatron.rollout.server_command import read_api_key
 
 _POOL_NAME = "server-0"  # what a pool calls its only server
 
@@ -41,9 +39,14 @@ class ServerHost:
         on_cpu: bool,
     ) -> None:
         """``host``: the address of this node that the trainer reaches; ``environment``: for the server."""
+        # Here: they import torch, which takes seconds, and the launcher imports this file.
+        from apo_megatron.rollout.server import ServerPool
+        from apo_megatron.rollout.server_command import read_api_key
+
         os.environ.update(environment)
         cfg = RLConfig.model_validate(yaml.safe_load(config_text))
         self._cfg = cfg.rollout.sglang.model_copy(update={"num_servers": 1, "host": host})
+        self._api_key = read_api_key(self._cfg)
         self._name = name
         self._notes: list[str] = []
         self._pool = ServerPool(
@@ -80,8 +83,7 @@ class ServerHost:
         """Restart it when it hangs. Its scheduler answers this request also while the server is paused, but
         not while weights are received."""
         patience = self._cfg.health_timeout + self._cfg.update_timeout
-        key = read_api_key(self._cfg)
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        headers = {} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"}
         pause = threading.Event()
         while not pause.wait(self._cfg.health_interval):
             for address in self._pool.addresses():

@@ -105,8 +105,7 @@ class Servers:
             node = nodes[self._plan.server_bundle(server.index)]
             if server.actor is not None or server.failure is not None or node is None:
                 continue
-            # A colocated server whose node was lost starts with the ranks that it shares GPUs with.
-            if not self._plan.colocated or node.node_id in self._devices:
+            if not self._plan.colocated or self._first_local_rank(server, node) is not None:
                 self._begin(server, node)
 
     def _begin(self, server: _Server, node: Node) -> None:
@@ -131,11 +130,18 @@ class Servers:
         """Colocated: GPUs of the ranks whose bundle it shares. Ray sets those of a server with its own."""
         if not (self._plan.colocated and self._plan.use_gpu):
             return {}
-        bundle = self._plan.server_bundle(server.index)
-        first = next(place.local_rank for place in self._places if place.bundle == bundle)
+        first = self._first_local_rank(server, node)
+        assert first is not None
         first += server.index * self._plan.gpus_per_server % self._plan.ranks_per_bundle
         own = self._devices[node.node_id].split(",")[first : first + self._plan.gpus_per_server]
         return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+
+    def _first_local_rank(self, server: _Server, node: Node) -> int | None:
+        """Of the ranks that share a bundle with a colocated server; None while they run elsewhere: after a
+        node was lost the server starts again together with them."""
+        bundle = self._plan.server_bundle(server.index)
+        mates = [place for place in self._places if place.bundle == bundle]
+        return mates[0].local_rank if mates and mates[0].node.node_id == node.node_id else None
 
     def _look(self, server: _Server, actor: Actor) -> None:
         """Raises ActorLost."""

@@ -27,6 +27,7 @@ from apo_megatron.launch.waiting import Waiting
 from apo_megatron.telemetry.command import EXIT_INTERRUPTED, EXIT_USER_ERROR
 
 POLL_SECONDS = 0.5
+VERDICT_SECONDS = 75.0  # Ray needs 64, as measured, to give up a node that is silent
 SETTLE_SECONDS = 2.0  # after a failure: others fail because of it, and may be seen first
 # Variables of the launcher that processes on other nodes get, too. torchrun hands on all of them, but what
 # describes this machine (PATH, LD_LIBRARY_PATH, ...) need not hold for another one.
@@ -70,6 +71,8 @@ class Supervisor:
                     raise RunFailed(self._describe(failure), failure.exit_code)
                 count = f"restart {num_failures + 1} of {self._options.max_failures}"
                 self._say(f"all ranks were ended; {count}, from {self._latest() or 'the beginning'}")
+                if failure.node_is_silent:
+                    self._wait_for_verdict(failure.place.node)
         finally:
             self._servers.close()
 
@@ -117,6 +120,14 @@ class Supervisor:
                 )
             lack = "" if never is None else f" The cluster lacks {never}."
             waiting.step([f"for resources, {demand}.{lack}", *lines])
+            time.sleep(POLL_SECONDS)
+
+    def _wait_for_verdict(self, node: Node) -> None:
+        """Until Ray has given up a silent node too, and places nothing there, or the node must be back."""
+        waiting = Waiting(self._stop, self._say, self._options.wait_minutes)
+        until = time.monotonic() + VERDICT_SECONDS
+        while time.monotonic() < until and node.node_id in {n.node_id for n in self._cluster.nodes()}:
+            waiting.step([f"for Ray to decide whether node {node.label} is lost"])
             time.sleep(POLL_SECONDS)
 
     def _watch(self, trainer: Trainer) -> None:

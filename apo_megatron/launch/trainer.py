@@ -167,12 +167,14 @@ class Trainer:
                 rank.ping, rank.pinged = rank.actor.call("ping"), now
         elif now - rank.pinged > SECONDS_WITHOUT_ANSWER:
             problem = f"has not answered for {now - rank.pinged:.0f} s: its node hangs or is cut off"
-            self._note_end(rank, None, problem)
+            self._note_end(rank, None, problem, node_is_silent=True)
 
-    def _note_end(self, rank: _Rank, code: int | None, problem: str = "") -> None:
+    def _note_end(
+        self, rank: _Rank, code: int | None, problem: str = "", node_is_silent: bool = False
+    ) -> None:
         if rank.end is not None:
             return
-        rank.end = RankEnd(rank.place, code, problem)
+        rank.end = RankEnd(rank.place, code, problem, node_is_silent)
         self.ends.append(rank.end)
         if rank.end.is_failure and self._first_failure is None:
             self._first_failure = time.monotonic()
