@@ -44,7 +44,7 @@ class Completion:
     @property
     def policy_version(self) -> int:
         """The oldest weights that any of its tokens was drawn with."""
-        return min(version for version, _ in self.versions)
+        return min(self.versions)[0]
 
 
 @dataclass

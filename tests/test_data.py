@@ -129,7 +129,7 @@ def make_prompts(count: int) -> list[Prompt]:
 
 
 def draw(loader: PromptLoader, num_batches: int) -> list[list[str]]:
-    return [[prompt.prompt_id for prompt in loader.next_batch()] for _ in range(num_batches)]
+    return [[prompt.prompt_id for prompt in loader.take(4)] for _ in range(num_batches)]
 
 
 def test_prompt_order_is_seeded_and_visits_every_prompt_once_per_epoch() -> None:

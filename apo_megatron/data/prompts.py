@@ -87,7 +87,7 @@ def _prompt_id(row: dict[str, Any], path: str | Path, line_number: int) -> str:
 
 
 class PromptLoader:
-    """Endless batches of prompts, the same on every rank, resumable at any batch."""
+    """Endless prompts, the same on every rank, resumable anywhere."""
 
     def __init__(self, prompts: Sequence[Prompt], prompts_per_step: int, seed: int, shuffle: bool) -> None:
         """Raises DataError where there are too few prompts for one batch."""
@@ -97,19 +97,14 @@ class PromptLoader:
                 f"data.prompts_per_step={prompts_per_step}: lower that, or add prompts"
             )
         self._prompts = prompts
-        self._prompts_per_step = prompts_per_step
         self._order = EpochOrder(len(prompts), seed, shuffle)
-
-    def next_batch(self) -> list[Prompt]:
-        """The next ``prompts_per_step`` prompts; a batch may straddle two epochs."""
-        return self.take(self._prompts_per_step)
 
     def first(self, count: int) -> list[Prompt]:
         """The first ``count`` of the data, whatever was drawn."""
         return list(self._prompts[:count])
 
     def take(self, count: int) -> list[Prompt]:
-        """The next ``count`` prompts."""
+        """The next ``count`` prompts; they may straddle two epochs."""
         return [self._prompts[i] for i in self._order.take(count)] if count else []
 
     def with_ids(self, prompt_ids: Sequence[str]) -> list[Prompt]:

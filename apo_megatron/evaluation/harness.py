@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +13,10 @@ from apo_megatron.errors import DataError, RolloutError
 from apo_megatron.evaluation.pass_at_k import bootstrap_interval, pass_at_k
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.rewards.registry import Reward
-from apo_megatron.rollout.engine import Generation, RolloutEngine, SampleRequest, SamplingParams
+from apo_megatron.rollout.engine import RolloutEngine, SampleRequest, SamplingParams
 from apo_megatron.rollout.groups import check_versions
 from apo_megatron.rollout.sampling import sampling_params
-from apo_megatron.rollout.waiting import on_every_rank, wait_for_generation
+from apo_megatron.rollout.waiting import finish_generation, start_generation
 from apo_megatron.types import Completion, Prompt
 
 if TYPE_CHECKING:
@@ -112,10 +111,7 @@ def evaluate_pass_at_k(
         if parallel is None:
             shares = [_count_all(chunk, engine.generate(chunk, sampling), reward, engine.policy_version)]
         else:
-            completions = _generate_together(engine, chunk, sampling, parallel, source)
-            shares = on_every_rank(
-                partial(_count_all, chunk, completions, reward, engine.policy_version), parallel
-            )
+            shares = _count_together(engine, chunk, sampling, reward, parallel, source)
         for of_rank, new in zip(counts, shares, strict=True):
             of_rank += new
         if progress is not None:
@@ -125,23 +121,28 @@ def evaluate_pass_at_k(
     return _result(prompts, in_order, num_samples, cfg, engine.policy_version)
 
 
-def _generate_together(
+def _count_together(
     engine: RolloutEngine,
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
+    reward: Reward,
     parallel: ParallelContext,
     source: WeightSource | None,
-) -> list[list[Completion]]:
-    """``engine.generate`` on all ranks at once; engines that come back are brought up to date. Collective."""
-    started: list[Generation] = []
+) -> list[list[_ProblemCounts]]:
+    """Draw for and judge this rank's ``prompts``; the counts of all ranks, by rank. Collective."""
     requests = [SampleRequest(prompt, sampling.num_samples) for prompt in prompts]
-    on_every_rank(lambda: started.append(engine.start(requests, sampling)), parallel)
-    if not wait_for_generation(started[0], engine, source, parallel):
+    generation = start_generation(engine, requests, sampling)
+
+    def count() -> list[_ProblemCounts]:
+        return _count_all(prompts, generation.results(), reward, engine.policy_version)
+
+    shares, is_whole = finish_generation(generation, engine, source, parallel, count)
+    if not is_whole:
         raise RolloutError(
             f"no engine has the weights of version {engine.policy_version} any more, and the evaluation "
             "cannot give them again: start engines and evaluation anew"
         )
-    return started[0].results()
+    return shares
 
 
 def _count_all(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -32,6 +34,18 @@ def all_gather_objects(value: T, parallel: World) -> list[T]:
     gathered: list[Any] = [None] * parallel.world
     dist.all_gather_object(gathered, value, group=parallel.world_group)
     return gathered
+
+
+def all_gather_arrays(array: np.ndarray, sizes: Sequence[int], parallel: World) -> list[np.ndarray]:
+    """The 1-D ``array`` of every rank, in rank order, on every rank; all know the ``sizes`` by rank."""
+    if parallel.world == 1:
+        return [array]
+    longest = max(sizes)  # one collective of equal shares
+    padded = torch.from_numpy(np.pad(array, (0, longest - len(array)))).to(parallel.device)
+    gathered = padded.new_empty(parallel.world * longest)
+    dist.all_gather_into_tensor(gathered, padded, group=parallel.world_group)
+    shares = gathered.cpu().numpy().reshape(parallel.world, longest)
+    return [share[:size] for share, size in zip(shares, sizes, strict=True)]
 
 
 def broadcast_from_main(value: T, parallel: World) -> T:

@@ -42,13 +42,16 @@ class Draw:
     def replace_begun(self, drawn: Iterable[Completion]) -> None:
         """Take the answers to ``requests``; what was cut before its first token is missing as before."""
         finished = [c for c in self.completions if c.finish_reason != "abort"]
-        self.completions = finished + [c for c in drawn if len(c.token_ids)]
+        self.completions = finished + [c for c in drawn if c.versions]
 
     def is_complete(self, group_size: int) -> bool:
         """Whether all completions are there, none of them cut (known to the owner)."""
-        return len(self.completions) == group_size and all(
-            completion.finish_reason != "abort" for completion in self.completions
-        )
+        reasons = [completion.finish_reason for completion in self.completions]
+        return len(reasons) == group_size and "abort" not in reasons
+
+    def oldest_version(self) -> int:
+        """Of any token of its completions (known to the owner)."""
+        return min(completion.policy_version for completion in self.completions)
 
     def drop_older(self, oldest_version: int) -> int:
         """Forget completions with older tokens, and the group with them; how many there were."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from apo_megatron.config.schema import RLConfig
@@ -56,12 +57,10 @@ def assign_advantages(groups: Sequence[SampleGroup], cfg: RLConfig) -> None:
     rewards, lengths = _rewards_and_lengths(groups)
     shaped = shaped_rewards(rewards, lengths, cfg.reward, cfg.rollout.max_new_tokens)
     estimator = ADVANTAGE_ESTIMATORS[cfg.objective.advantage_estimator]
-    is_masked = torch.tensor(
-        [
-            [cfg.rollout.mask_truncated and s.completion.finish_reason == "length" for s in group.samples]
-            for group in groups
-        ]
-    )
+    is_masked = torch.zeros_like(rewards, dtype=torch.bool)
+    if cfg.rollout.mask_truncated:
+        cut = [[sample.completion.finish_reason == "length" for sample in g.samples] for g in groups]
+        is_masked = torch.from_numpy(np.array(cut))
     # Length 0: without a weight where the estimator weighs by tokens.
     advantages = estimator(AdvantageInputs(shaped, lengths.masked_fill(is_masked, 0)))
     is_trained = ~rewards.isnan() & ~is_masked
@@ -95,8 +94,7 @@ def group_metrics(groups: Sequence[SampleGroup], cfg: RLConfig) -> dict[str, flo
 
 def _rewards_and_lengths(groups: Sequence[SampleGroup]) -> tuple[torch.Tensor, torch.Tensor]:
     """Rewards [P, G] fp32, NaN where not judged, and response lengths [P, G] int64 in tokens."""
-    rewards = torch.tensor([[sample.reward for sample in group.samples] for group in groups])
-    lengths = torch.tensor(
-        [[len(sample.completion.token_ids) for sample in group.samples] for group in groups]
-    )
-    return rewards, lengths
+    rewards = [[sample.reward for sample in group.samples] for group in groups]
+    lengths = [[len(sample.completion.token_ids) for sample in group.samples] for group in groups]
+    # Through NumPy: torch looks at nested lists ten times as long.
+    return torch.from_numpy(np.array(rewards, np.float32)), torch.from_numpy(np.array(lengths, np.int64))

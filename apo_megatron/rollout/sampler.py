@@ -32,7 +32,7 @@ from apo_megatron.rollout.engine import Generation, Progress, RolloutEngine
 from apo_megatron.rollout.gathering import gather_groups
 from apo_megatron.rollout.groups import check_versions, is_mixed, score_groups, step_sampling
 from apo_megatron.rollout.step_counts import StepCounts
-from apo_megatron.rollout.waiting import LateProgress, on_every_rank, wait_for_generation
+from apo_megatron.rollout.waiting import LateProgress, finish_generation, start_generation
 from apo_megatron.types import Sample, SampleGroup
 
 if TYPE_CHECKING:
@@ -169,30 +169,26 @@ class GroupSampler:
         self._counts.num_starts += 1
         own = [draw for draw in draws if draw.owner == self._parallel.rank]
         requests = [draw.requests(sampling.num_samples) for draw in own]
-
-        def start() -> None:
-            everything = [request for of_draw in requests for request in of_draw]
-            generation = self._engine.start(everything, sampling, self._progress)
-            counts = [len(of_draw) for of_draw in requests]
-            self._round = _Round(generation, step, list(zip(own, counts, strict=True)), enough)
-
-        on_every_rank(start, self._parallel)
+        everything = [request for of_draw in requests for request in of_draw]
+        generation = start_generation(self._engine, everything, sampling, self._progress)
+        counts = [len(of_draw) for of_draw in requests]
+        self._round = _Round(generation, step, list(zip(own, counts, strict=True)), enough)
 
     def _finish_round(self, source: WeightSource | None, enough: int | None = None) -> None:
         """Wait for the round and take in what it has drawn."""
         this, self._round = self._round, None
         assert this is not None, "start comes first"
         started = time.monotonic()
-        is_whole = wait_for_generation(
+        shares, is_whole = finish_generation(
             this.generation,
             self._engine,
             source,
             self._parallel,
+            lambda: self._take_in(this),
             this.enough if enough is None else enough,
             this.num_complete,
         )
         self._counts.wait_seconds += time.monotonic() - started
-        shares = on_every_rank(lambda: self._take_in(this), self._parallel)
         verdicts = [verdict for share, _ in shares for verdict in share]
         self._draws.complete_with(verdicts)
         num_stale = sum(stale for _, stale in shares)
@@ -233,7 +229,7 @@ class GroupSampler:
         groups = [draw.group for draw in complete if draw.group is not None]
         score_groups(groups, self._reward)
         verdicts = [
-            Verdict(draw.number, min(c.policy_version for c in draw.completions), is_mixed(group))
+            Verdict(draw.number, draw.oldest_version(), is_mixed(group))
             for draw, group in zip(complete, groups, strict=True)
         ]
         return verdicts, num_stale

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from apo_megatron.errors import DataError, RewardError, RolloutError
 from apo_megatron.parallel.collectives import all_gather_objects
 from apo_megatron.parallel.world import World
-from apo_megatron.rollout.engine import Generation, Progress, RolloutEngine
+from apo_megatron.rollout.engine import (
+    Generation,
+    Progress,
+    RolloutEngine,
+    SampleRequest,
+    SamplingParams,
+)
+from apo_megatron.types import Completion
 
 if TYPE_CHECKING:
     from apo_megatron.weights.source import WeightSource
@@ -39,38 +46,73 @@ def on_every_rank(action: Callable[[], T], parallel: World) -> list[T]:
     return [value for value, _ in outcomes]  # type: ignore[misc]
 
 
-def wait_for_generation(
+def start_generation(
+    engine: RolloutEngine,
+    requests: Sequence[SampleRequest],
+    sampling: SamplingParams,
+    progress: Progress | None = None,
+) -> Generation:
+    """``engine.start``; what it raises is raised by the first ``wait``, where all ranks hear of it."""
+    try:
+        return engine.start(requests, sampling, progress)
+    except RolloutError as error:
+        return _FailedGeneration(error)
+
+
+def finish_generation(
     generation: Generation,
     engine: RolloutEngine,
     source: WeightSource | None,
     parallel: World,
+    finish: Callable[[], T],
     enough: int | None = None,
     num_complete: Callable[[], int] | None = None,
-) -> bool:
+) -> tuple[list[T], bool]:
     """Wait until every rank has its results. Collective; ranks that draw nothing wait with the others.
 
-    Engines that come back meanwhile get the weights of ``source``. What runs is stopped once ``num_complete``
-    (of this rank) adds up to ``enough``, and where no engine has the current weights any more and ``source``
-    is None. Returns whether everything was drawn to its end. Raises RolloutError as ``Generation.wait``, on
-    all ranks.
+    A rank calls ``finish`` once its own results are there, while others may still draw; returns what that
+    says by rank, and whether everything was drawn to its end. Engines that come back meanwhile get the
+    weights of ``source``. What runs is stopped once ``num_complete`` (of this rank) adds up to ``enough``,
+    and where no engine has the current weights any more and ``source`` is None. Raises as ``on_every_rank``.
     """
-    stopped = enough is not None and enough <= 0
-    if stopped:
+    is_stopped = enough is not None and enough <= 0
+    if is_stopped:
         generation.stop()
+    result: list[T] = []
 
-    def look() -> tuple[bool, int]:
-        return generation.wait(POLL_SECONDS), 0 if num_complete is None else num_complete()
+    def look() -> tuple[list[T], int]:
+        if not result and generation.wait(POLL_SECONDS):
+            result.append(finish())
+        return result, 0 if num_complete is None else num_complete()
 
     while True:
         states = on_every_rank(look, parallel)
-        if all(is_done for is_done, _ in states):
-            return not stopped
-        if stopped:
+        if all(results for results, _ in states):
+            return [results[0] for results, _ in states], not is_stopped
+        if is_stopped:
             continue
         has_enough = enough is not None and sum(count for _, count in states) >= enough
         if has_enough or not (engine.recover(source) or source is not None):
             generation.stop()
-            stopped = True
+            is_stopped = True
+
+
+class _FailedGeneration:
+    """One that could not be started."""
+
+    def __init__(self, error: RolloutError) -> None:
+        self._error = error
+
+    def wait(self, seconds: float) -> bool:
+        raise self._error
+
+    def num_finished(self) -> int:
+        return 0
+
+    def stop(self) -> None: ...
+
+    def results(self) -> list[list[Completion]]:
+        raise self._error
 
 
 class LateProgress:
