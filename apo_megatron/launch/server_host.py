@@ -34,16 +34,20 @@ class ServerHost:
         name: str,
         config_text: str,
         host: str,
+        folder: str | None,
         log_folder: str,
         environment: Mapping[str, str],
         on_cpu: bool,
     ) -> None:
-        """``host``: the address of this node that the trainer reaches; ``environment``: for the server."""
+        """``host``: the address of this node that the trainer reaches; ``folder``: what relative paths are
+        relative to, None = where this actor runs; ``environment``: for the server."""
+        os.environ.update(environment)
+        if folder is not None:
+            os.chdir(folder)
         # Here: they import torch, which takes seconds, and the launcher imports this file.
         from apo_megatron.rollout.server import ServerPool
         from apo_megatron.rollout.server_command import read_api_key
 
-        os.environ.update(environment)
         cfg = RLConfig.model_validate(yaml.safe_load(config_text))
         self._cfg = cfg.rollout.sglang.model_copy(update={"num_servers": 1, "host": host})
         self._api_key = read_api_key(self._cfg)

@@ -45,12 +45,13 @@ class Servers:
         plan: Plan,
         config_text: str,
         run_dir: Path,
+        folder: str | None,
         max_restarts: int,
         say: Callable[[str], None],
     ) -> None:
         self._cluster, self._plan, self._config_text = cluster, plan, config_text
         self._log_folder, self._file = run_dir / "servers", run_dir / SERVERS_FILE
-        self._max_restarts, self._say = max_restarts, say
+        self._folder, self._max_restarts, self._say = folder, max_restarts, say
         self._servers = [_Server(f"server-{index}", index) for index in range(plan.num_servers)]
         self._places: Sequence[RankPlace] = ()
         self._devices: Mapping[str, str] = {}
@@ -119,6 +120,7 @@ class Servers:
             server.name,
             self._config_text,
             address,
+            self._folder,
             str(self._log_folder / server.name),
             environment,
             not self._plan.use_gpu,

@@ -55,7 +55,7 @@ class Supervisor:
         self._log_folder = self._run_dir / "logs"
         self._environment = self._handed_on()
         max_restarts = cfg.rollout.sglang.max_restarts
-        self._servers = Servers(cluster, plan, self._config_text(), self._run_dir, max_restarts, say)
+        self._servers = Servers(cluster, plan, self._config_text(), self._run_dir, folder, max_restarts, say)
 
     def run(self) -> None:
         """To the end of the run. Raises RunFailed, RunInterrupted, and the errors of servers and nodes."""
