@@ -41,6 +41,8 @@ def test_engine_follows_the_sharded_actor(
         for result in rank_results:
             assert result["gap_before"] < LOG_PROB_BOUND
             assert result["gap_after"] < LOG_PROB_BOUND
+            assert max(result["canary_gaps"]) < LOG_PROB_BOUND
+            assert "rollout.max_canary_gap=0.1" in result["refused"]
             assert result["stale_is_unchanged"]
             # The updates taught one answer; samples show it only if the engine got the new weights.
             assert [answer[:3] for answer in result["favoured_after"]].count(FAVOURED) >= 3

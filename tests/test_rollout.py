@@ -19,7 +19,7 @@ from apo_megatron.errors import CheckpointError, ConfigError, RolloutError
 from apo_megatron.rollout.build import build_embedded_engine, load_engine
 from apo_megatron.rollout.decoding import plan_chunks
 from apo_megatron.rollout.embedded import EmbeddedEngine
-from apo_megatron.rollout.engine import SamplingParams
+from apo_megatron.rollout.engine import SampleRequest, SamplingParams
 from apo_megatron.rollout.sampling import (
     filter_probs,
     prompt_seed,
@@ -247,6 +247,27 @@ def test_a_chunk_is_never_larger_than_the_batch_size() -> None:
         planned = [(row, sample) for rows, samples in chunks for row in rows for sample in samples]
         assert sorted(planned) == [(row, sample) for row in range(7) for sample in range(num_samples)]
     assert plan_chunks([], 4, 16) == []
+
+
+def test_a_generation_is_drawn_by_its_first_wait(folders: dict[str, Path]) -> None:
+    engine, prompts = make_engine(folders["qwen2"], torch.float64), make_prompts([3, 11, 7])
+    expected = all_token_ids(engine.generate(prompts, SAMPLING))
+    told: list[int] = []
+    sizes = (6, 2, 6)
+    requests = [SampleRequest(prompt, size) for prompt, size in zip(prompts, sizes, strict=True)]
+    generation = engine.start(requests, SAMPLING, lambda n, tokens: told.append(n))
+    assert generation.num_finished() == 0 and told == []
+    assert generation.wait(0.0)
+    assert generation.num_finished() == 3 and sum(told) == 14
+    found = all_token_ids(generation.results())
+    assert found == [group[:size] for group, size in zip(expected, sizes, strict=True)]
+    assert engine.start([], SAMPLING).wait(0.0)
+
+    generation = engine.start(requests, SAMPLING)
+    generation.stop()
+    assert generation.wait(0.0)
+    cut = [completion for group in generation.results() for completion in group]
+    assert len(cut) == 14 and all(c.finish_reason == "abort" and not len(c.token_ids) for c in cut)
 
 
 # --- weights

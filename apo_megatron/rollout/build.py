@@ -144,6 +144,7 @@ def _embedded_engine(
         eos_token_ids=read_eos_token_ids(model.hf_path, tokenizer),
         max_batch_size=rollout.max_batch_size,
         policy_version=policy_version,
+        max_canary_gap=rollout.max_canary_gap,
     )
 
 

@@ -10,11 +10,12 @@ import torch
 from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from apo_megatron.data.collate import Batch, TrainingSequence, make_batch
+from apo_megatron.errors import RolloutError
 from apo_megatron.objectives.objective import supervised_objective
 from apo_megatron.parallel.collectives import broadcast_from_last_stage
 from apo_megatron.parallel.state import ParallelContext, init_parallel
 from apo_megatron.rollout.build import build_embedded_engine
-from apo_megatron.rollout.engine import SamplingParams
+from apo_megatron.rollout.engine import Probe, SamplingParams
 from apo_megatron.types import Completion, Prompt
 
 
@@ -41,13 +42,18 @@ def _compare(payload: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
     ]
     sampling = SamplingParams(4, temperature, 1.0, 0, 8, (), seed=3)
 
+    probe_tokens = tuple(prompt.token_ids for prompt in prompts if len(prompt.token_ids) > 1)
+    canary_gaps = []
+
     def sample(version: int) -> tuple[list[list[Completion]], float]:
-        engine.update_weights(actor.weight_source(), version)
+        probe = Probe(probe_tokens, tuple(actor.score(probe_tokens)))
+        canary_gaps.append(engine.update_weights(actor.weight_source(), version, probe)["canary_gap"])
         completions = engine.generate(prompts, sampling)
         assert all(c.policy_version == version for group in completions for c in group)
         return completions, _largest_gap(actor, parallel, prompts, completions)
 
     before, gap_before = sample(0)
+    probe_before = Probe(probe_tokens, tuple(actor.score(probe_tokens)))
     favoured = TrainingSequence(
         np.array([*payload["prompts"][0], *payload["favoured"]]), len(payload["prompts"][0])
     )
@@ -55,7 +61,16 @@ def _compare(payload: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
         actor.update(_batch([favoured] * 4, parallel, step).sequences, supervised_objective())
     stale = engine.generate(prompts, sampling)  # the engine has not heard of the updates yet
     after, gap_after = sample(1)
+    try:  # as if the update had not arrived, on one rank
+        probe_now = Probe(probe_tokens, tuple(actor.score(probe_tokens)))
+        is_late = parallel.rank == parallel.world - 1
+        engine.update_weights(actor.weight_source(), 2, probe_before if is_late else probe_now)
+        refused = ""
+    except RolloutError as error:
+        refused = str(error)
     return {
+        "canary_gaps": canary_gaps,
+        "refused": refused,
         "gap_before": gap_before,
         "gap_after": gap_after,
         "stale_is_unchanged": [c.token_ids.tolist() for c in stale[0]]
