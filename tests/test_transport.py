@@ -58,7 +58,6 @@ def test_inline_payload_is_what_the_server_takes() -> None:
 
 
 def test_shared_memory_is_mapped_and_removed() -> None:
-    before = _shared_files()
     memory = SharedMemory()
     layout = FlatBucket(TENSORS)
     payloads = []
@@ -75,23 +74,21 @@ def test_shared_memory_is_mapped_and_removed() -> None:
     with pytest.raises(OSError):
         memory.allocate(2**50)
     memory.close()
-    assert _shared_files() <= before
+    assert not _files_of(memory)
 
 
-def _shared_files() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("apo_megatron_")}
+def _files_of(memory: SharedMemory) -> list[Path]:
+    return list(Path("/dev/shm").glob(f"*{memory._stem}*"))
 
 
 def test_what_a_killed_process_left_is_removed() -> None:
-    before = _shared_files()
     memory = SharedMemory()
     memory.allocate(64)
-    left = _shared_files() - before
     SharedMemory().close()
-    assert left <= _shared_files()  # in use
+    assert len(_files_of(memory)) == 3  # in use
     os.close(memory._lock)  # as the end of a process does
     SharedMemory().close()
-    assert not left & _shared_files() and len(left) == 3
+    assert not _files_of(memory)
 
 
 def test_addresses() -> None:

@@ -110,10 +110,12 @@ class Pusher:
         source = WeightSource(self._chunks, self._architecture, self.parallel, self._payload["bucket_bytes"])
         started = time.monotonic()
         problems = self._transports[kind].push(source, self._servers, label)
-        seconds = time.monotonic() - started
+        return {"problems": problems, "seconds": time.monotonic() - started}
+
+    def look(self, problems: dict[str, str]) -> list[dict[str, Any]]:
+        """What the servers without problems say now; the main rank looks."""
         updated = [server for server in self._servers if server.name not in problems]
-        seen = [self._loop.run(self._see(server)) for server in updated] if self.parallel.is_main else []
-        return {"problems": problems, "seconds": seconds, "seen": seen}
+        return [self._loop.run(self._see(server)) for server in updated] if self.parallel.is_main else []
 
     async def _see(self, server: SGLangClient) -> dict[str, Any]:
         """What the server says with its weights; ``prompt`` and its greedy continuation, if there is one."""
@@ -146,7 +148,8 @@ def push_weights(payload: dict[str, Any]) -> list[dict[str, Any]]:
     results = []
     for push in payload["pushes"]:
         pusher.load(push["hf_path"])
-        results.append(pusher.push(push["transport"], push["label"]))
+        result = pusher.push(push["transport"], push["label"])
+        results.append({**result, "seen": pusher.look(result["problems"])})
     pusher.close()
     return results
 
@@ -164,5 +167,6 @@ def push_until_problem(payload: dict[str, Any]) -> dict[str, Any]:
             Path(payload["pushing"]).touch()
         if result["problems"]:
             break
+    seen = pusher.look(result["problems"])
     pusher.close()
-    return {**result, "number": number}
+    return {**result, "number": number, "seen": seen}

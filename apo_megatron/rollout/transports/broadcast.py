@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from apo_megatron.rollout.sglang_client import ServerError, SGLangClient
 from apo_megatron.rollout.transports.addresses import address_towards
 from apo_megatron.rollout.transports.delivery import Body, BucketTransport, Delivery, all_of
 from apo_megatron.rollout.transports.flat_bucket import FlatBucket
-from apo_megatron.weights.source import NamedTensors, WeightSource
+from apo_megatron.weights.source import WeightSource
 
 CLOSE_SECONDS = 5.0
 
@@ -43,7 +44,8 @@ class BroadcastTransport(BucketTransport):
         super().__init__(parallel, loop, timeout)
         self._ranks_per_server = ranks_per_server
         self._links: dict[str, _Link] = {}
-        self._flat = self._new_flat(0)
+        self._buffers = self._no_buffers()
+        self._flying: list[tuple[SGLangClient, Future[None], Future[None]]] = []
 
     def close(self) -> None:
         """Have the servers leave the groups, as far as they still answer."""
@@ -98,44 +100,51 @@ class BroadcastTransport(BucketTransport):
             parallel.backend,
         )
 
-    def _send(self, bucket: NamedTensors, delivery: Delivery, is_last: bool) -> None:
-        servers = delivery.servers
-        if not servers:
+    def _send(self, bucket: FlatBucket, delivery: Delivery, is_last: bool) -> None:
+        if not delivery.servers:
             return
-        layout = FlatBucket(bucket)
-        if self._flat.numel() < layout.num_bytes:
-            self._flat = self._new_flat(layout.num_bytes)
-        flat = self._flat[: layout.num_bytes]
-        layout.copy_to(flat)
+        if not self._on_cpu:
+            self._land(delivery)  # a second buffer would be a bucket's size
+        flat = self._next_buffer(bucket.num_bytes)
+        bucket.copy_to(flat)
         torch.get_device_module(flat.device).synchronize()  # the threads that send have streams of their own
-        sending = [
-            (
-                server,
-                self._links[server.name].group.broadcast(flat, self._timeout),
-                delivery.submit([server], "/update_weights_from_distributed", body),
-            )
-            for server in servers
-            for body in [self._body(server, layout, delivery, is_last)]
-        ]
-        for server, sent, answer in sending:
-            self._wait(delivery, server, sent, answer)
-            if not sent.done():
-                self._flat = self._new_flat(0)  # the other memory may still be read
+        self._land(delivery)
+        for server in delivery.servers:
+            sent = self._links[server.name].group.broadcast(flat, self._timeout)
+            body = self._body(server, bucket, delivery, is_last)
+            answer = delivery.submit([server], "/update_weights_from_distributed", body)
+            self._flying.append((server, sent, answer))
 
-    def _body(self, server: SGLangClient, layout: FlatBucket, delivery: Delivery, is_last: bool) -> Body:
+    def _next_buffer(self, num_bytes: int) -> Tensor:
+        """[num_bytes] uint8: the one before the last, or a larger one."""
+        self._buffers.rotate()
+        if self._buffers[0].numel() < num_bytes:
+            self._buffers[0] = torch.empty(num_bytes, dtype=torch.uint8, device=self._parallel.device)
+        return self._buffers[0][:num_bytes]
+
+    def _land(self, delivery: Delivery) -> None:
+        """Wait until servers have what was sent to them."""
+        for server, sent, answer in self._flying:
+            self._wait(delivery, server, sent, answer)
+            if not sent.done():  # its memory may still be read
+                self._buffers = self._no_buffers()
+        self._flying.clear()
+
+    def _body(self, server: SGLangClient, bucket: FlatBucket, delivery: Delivery, is_last: bool) -> Body:
         return delivery.update_body(
             is_last,
-            names=[place.name for place in layout.places],
-            dtypes=[str(place.dtype).removeprefix("torch.") for place in layout.places],
-            shapes=[place.shape for place in layout.places],
+            names=[place.name for place in bucket.places],
+            dtypes=[str(place.dtype).removeprefix("torch.") for place in bucket.places],
+            shapes=[place.shape for place in bucket.places],
             group_name=self._links[server.name].group.name,
             load_format="flattened_bucket",
         )
 
     def _finish(self, delivery: Delivery) -> None:
+        self._land(delivery)
+        self._buffers = self._no_buffers()
         for server in delivery.servers:
             self._links[server.name].label = delivery.label
-        self._flat = self._new_flat(0)
 
     def _wait(
         self, delivery: Delivery, server: SGLangClient, action: Future[None], answer: Future[None]
@@ -159,5 +168,6 @@ class BroadcastTransport(BucketTransport):
         if link is not None:
             link.group.close()
 
-    def _new_flat(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self._parallel.device)
+    def _no_buffers(self) -> deque[Tensor]:
+        empty = torch.empty(0, dtype=torch.uint8, device=self._parallel.device)
+        return deque([empty] * (2 if self._on_cpu else 1))

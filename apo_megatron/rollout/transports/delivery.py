@@ -12,7 +12,13 @@ from apo_megatron.parallel.collectives import all_gather_objects
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.rollout.event_loop import EventLoopThread
 from apo_megatron.rollout.sglang_client import ServerError, SGLangClient
-from apo_megatron.weights.source import NamedTensors, WeightSource
+from apo_megatron.rollout.transports.flat_bucket import FlatBucket, pieces
+from apo_megatron.weights.source import WeightSource
+
+# On CPUs a server reads a piece of a bucket while the next one is copied. So large that the milliseconds of a
+# call do not count; so small that the C library of a server gives it memory which it has used before (up to
+# 32 MiB): fresh memory costs more than what is done with it.
+PIECE_BYTES = 30 * 2**20
 
 Problems = dict[str, str]  # server name -> what went wrong there
 Body = dict[str, Any]
@@ -107,6 +113,7 @@ class BucketTransport(ABC):
         self._parallel = parallel
         self._loop = loop
         self._timeout = timeout
+        self._on_cpu = parallel.device.type == "cpu"
 
     def push(self, source: WeightSource, servers: Sequence[SGLangClient], label: str) -> Problems:
         """See WeightTransport."""
@@ -115,8 +122,9 @@ class BucketTransport(ABC):
         self._prepare(source, delivery)
         num_left = len(source.tensor_specs())
         for bucket in source.buckets():
-            num_left -= len(bucket)
-            self._send(bucket, delivery, is_last=num_left == 0)
+            for piece in pieces(bucket, PIECE_BYTES) if self._on_cpu else [bucket]:
+                num_left -= len(piece)
+                self._send(FlatBucket(piece), delivery, is_last=num_left == 0)
         self._finish(delivery)
         delivery.end()
         assert num_left == 0
@@ -135,8 +143,9 @@ class BucketTransport(ABC):
         """Get ready to send; the sessions are open."""
 
     @abstractmethod
-    def _send(self, bucket: NamedTensors, delivery: Delivery, is_last: bool) -> None:
-        """Bring a bucket to ``delivery.servers``. Every rank calls it, also one that serves nobody."""
+    def _send(self, bucket: FlatBucket, delivery: Delivery, is_last: bool) -> None:
+        """Bring a bucket, or on CPUs a piece of one, to ``delivery.servers``; it may go on when this returns.
+        Every rank calls it, also one that serves nobody."""
 
     @abstractmethod
     def _finish(self, delivery: Delivery) -> None:

@@ -17,15 +17,12 @@ from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.rollout.event_loop import EventLoopThread
 from apo_megatron.rollout.sglang_client import SGLangClient
 from apo_megatron.rollout.transports.addresses import is_here, machine_id
-from apo_megatron.rollout.transports.delivery import Body, BucketTransport, Delivery
-from apo_megatron.rollout.transports.flat_bucket import FlatBucket, pieces
+from apo_megatron.rollout.transports.delivery import PIECE_BYTES, Body, BucketTransport, Delivery
+from apo_megatron.rollout.transports.flat_bucket import FlatBucket
 from apo_megatron.rollout.transports.pickled import bucket_payload, call, reference, value
 from apo_megatron.rollout.transports.shared_memory import SharedMemory
-from apo_megatron.weights.source import NamedTensors, WeightSource
+from apo_megatron.weights.source import WeightSource
 
-# What a server takes at a time from CPU memory: little beside a bucket, and so much that the milliseconds of
-# a call do not count.
-PIECE_BYTES = 64 * 2**20
 UPDATE_PATH = "/update_weights_from_tensor"
 _ALIGNMENT = 64  # of a piece in the segment
 # Where CUDA IPC says which device: a number, which another process may count otherwise.
@@ -64,7 +61,7 @@ class TensorTransport(BucketTransport):
         self._ranks_per_server = ranks_per_server
         self._machines = all_gather_objects(machine_id(), parallel)
         self._routes: dict[str, _Route] = {}
-        self._shared_memory = SharedMemory() if parallel.device.type == "cpu" else None
+        self._shared_memory = SharedMemory() if self._on_cpu else None
         # During a push: servers that map memory, shared memory, what is being read of it.
         self._mapping: set[str] = set()
         self._segment: Tensor | None = None
@@ -107,63 +104,66 @@ class TensorTransport(BucketTransport):
                 stacklevel=2,
             )
 
-    def _send(self, bucket: NamedTensors, delivery: Delivery, is_last: bool) -> None:
+    def _send(self, bucket: FlatBucket, delivery: Delivery, is_last: bool) -> None:
         mapping = [server for server in delivery.servers if server.name in self._mapping]
         others = [server for server in delivery.servers if server.name not in self._mapping]
         if self._shared_memory is None:
             self._send_handles(bucket, mapping, delivery, is_last)
         elif mapping:
-            self._send_shared(bucket, mapping, delivery, is_last)
+            self._send_shared(bucket, self._shared_memory, mapping, delivery, is_last)
         if others:
-            self._send_inline(bucket, others, delivery, is_last)
+            flat = value(bucket.flatten(self._parallel.device).cpu())
+            body = self._body(bucket_payload(flat, bucket.places), delivery, is_last)
+            delivery.submit(others, UPDATE_PATH, body).result()
 
     def _send_shared(
-        self, bucket: NamedTensors, servers: list[SGLangClient], delivery: Delivery, is_last: bool
+        self,
+        bucket: FlatBucket,
+        memory: SharedMemory,
+        servers: list[SGLangClient],
+        delivery: Delivery,
+        is_last: bool,
     ) -> None:
-        """Piece by piece: one is written while the servers read the one before."""
-        assert self._shared_memory is not None and self._segment is not None
-        flat = self._shared_memory.tensor(self._segment.numel())
-        layouts = [FlatBucket(piece) for piece in pieces(bucket, PIECE_BYTES)]
-        for layout in layouts:
-            start = self._free_place(layout.num_bytes)
-            layout.copy_to(self._segment[start:])
-            self._wait_for_flight()
-            payload = bucket_payload(flat, layout.places, start)
-            body = _body([payload] * self._ranks_per_server, delivery, is_last and layout is layouts[-1])
-            servers = [server for server in servers if server.name not in delivery.problems]
-            answers = delivery.submit(servers, UPDATE_PATH, body)
-            self._flight = _Flight(start, start + layout.num_bytes, answers)
-
-    def _free_place(self, num_bytes: int) -> int:
-        """Where in the segment so much can be written; waits where that is being read."""
+        """Returns while the servers read: meanwhile the next piece is written."""
         assert self._segment is not None
-        if self._flight is not None and self._flight.start < num_bytes:
-            behind = -(-self._flight.end // _ALIGNMENT) * _ALIGNMENT
-            if behind + num_bytes <= self._segment.numel():
-                return behind
-            self._wait_for_flight()
+        start = self._free_place(self._segment.numel(), bucket.num_bytes)
+        bucket.copy_to(self._segment[start:])
+        self._land()
+        flat = memory.tensor(self._segment.numel())
+        body = self._body(bucket_payload(flat, bucket.places, start), delivery, is_last)
+        alive = [server for server in servers if server.name not in delivery.problems]
+        answers = delivery.submit(alive, UPDATE_PATH, body)
+        self._flight = _Flight(start, start + bucket.num_bytes, answers)
+
+    def _free_place(self, segment_bytes: int, num_bytes: int) -> int:
+        """Where in the segment so much can be written; waits where that is being read."""
+        if self._flight is None or num_bytes <= self._flight.start:
+            return 0
+        behind = -(-self._flight.end // _ALIGNMENT) * _ALIGNMENT
+        if behind + num_bytes <= segment_bytes:
+            return behind
+        self._land()
         return 0
 
-    def _wait_for_flight(self) -> None:
+    def _land(self) -> None:
+        """Wait until the servers have read."""
         if self._flight is not None:
             self._flight.answers.result()
             self._flight = None
 
     def _send_handles(
-        self, bucket: NamedTensors, servers: list[SGLangClient], delivery: Delivery, is_last: bool
+        self, bucket: FlatBucket, servers: list[SGLangClient], delivery: Delivery, is_last: bool
     ) -> None:
         """Collective: a server's ranks may map memory of several of ours."""
-        layout = FlatBucket(bucket)
-        flat = layout.flatten(self._parallel.device)
+        flat = bucket.flatten(self._parallel.device)
         torch.get_device_module(flat.device).synchronize()
-        # A handle for each server rank: torch counts for each who still uses it. Those of servers that have
-        # failed would never be counted down, and are not made.
-        alive = {
-            name for names in all_gather_objects([s.name for s in servers], self._parallel) for name in names
-        }
+        # A handle for each server rank, and for no other: torch keeps the memory of each until it was let go.
+        names = [
+            name for some in all_gather_objects([s.name for s in servers], self._parallel) for name in some
+        ]
         mine = {
             (name, place): _handle(flat)
-            for name in sorted(alive)
+            for name in names
             for place, rank in enumerate(self._routes[name].memory_ranks)
             if rank == self._parallel.rank
         }
@@ -172,25 +172,21 @@ class TensorTransport(BucketTransport):
         }
         answers = []
         for server in servers:
-            places = range(self._ranks_per_server)
-            payloads = [bucket_payload(handles[server.name, place], layout.places) for place in places]
+            payloads = [
+                bucket_payload(handles[server.name, place], bucket.places)
+                for place in range(self._ranks_per_server)
+            ]
             answers.append(delivery.submit([server], UPDATE_PATH, _body(payloads, delivery, is_last)))
         for answer in answers:
             answer.result()
-        barrier(self._parallel)  # no rank lets its memory go before all have been answered
+        barrier(self._parallel)  # no rank lets its memory go before all servers have answered
 
-    def _send_inline(
-        self, bucket: NamedTensors, servers: list[SGLangClient], delivery: Delivery, is_last: bool
-    ) -> None:
-        layouts = [FlatBucket(piece) for piece in pieces(bucket, PIECE_BYTES)]
-        for layout in layouts:
-            payload = bucket_payload(value(layout.flatten(torch.device("cpu"))), layout.places)
-            body = _body([payload] * self._ranks_per_server, delivery, is_last and layout is layouts[-1])
-            delivery.submit(servers, UPDATE_PATH, body).result()
-            servers = [server for server in servers if server.name not in delivery.problems]
+    def _body(self, payload: str, delivery: Delivery, is_last: bool) -> Body:
+        """With the same for each rank of a server."""
+        return _body([payload] * self._ranks_per_server, delivery, is_last)
 
     def _finish(self, delivery: Delivery) -> None:
-        self._wait_for_flight()
+        self._land()
         self._segment = None
         if self._shared_memory is not None:
             self._shared_memory.free()
