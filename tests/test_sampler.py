@@ -110,6 +110,21 @@ def test_ranks_draw_together() -> None:
 FAILURES = [("wait", 0), ("wait", 2), ("start", 1), ("score", 1)]
 
 
+@pytest.mark.parametrize("partial_rollouts", [False, True])
+def test_what_was_stopped_comes_first(partial_rollouts: bool) -> None:
+    engine = ScriptedEngine(lengths=lambda row, sample: 9 if row in (0, 1) else 2)
+    sampler = make_sampler(engine, oversampling=1.5, max_staleness=1, partial_rollouts=partial_rollouts)
+    first = sampler.next_groups(0, SOURCE)
+    assert [group.prompt.prompt_id for group in first.groups] == ["p2", "p3", "p4", "p5"]
+    assert sampler.state_dict() == {"pending": ["p0", "p1"]}
+    num_requests = len(engine.requests)
+    with sampler.settled():
+        engine.update_weights(None, 1)
+    sampler.next_groups(1, SOURCE)
+    asked = dict.fromkeys(request.prompt.prompt_id for request in engine.requests[num_requests:])
+    assert list(asked) == ["p0", "p1", "p6", "p7", "p8", "p9"]
+
+
 # --- versions -------------------------------------------------------------------------------------
 
 
@@ -166,7 +181,6 @@ def test_an_engine_lost_while_the_trainer_has_gone_on_is_not_waited_for(partial_
     sampler.next_groups(0, SOURCE)
     engine.is_lost = True
     with sampler.settled():
-        assert engine.num_recovered < 20  # with the old version's label, but the new weights
         engine.update_weights(None, 1)
     samples = sampler.next_groups(1, SOURCE)
     assert [group.prompt.prompt_id for group in samples.groups] == ["p4", "p5", "p6", "p7"]
@@ -194,13 +208,18 @@ def test_samples_that_the_engine_cuts_off_never_reach_training() -> None:
 # --- dynamic sampling -----------------------------------------------------------------------------
 
 
-def test_refills_follow_the_measured_rate() -> None:
+@pytest.mark.parametrize(
+    ("is_mixed", "num_refilled"),
+    [("1100", 4), ("0111", 2), ("0100", 4), ("0000", 4)],  # missing / rate, at most a step's prompts
+)
+def test_refills_follow_the_measured_rate(is_mixed: str, num_refilled: int) -> None:
     engine = ScriptedEngine()
-    reward = ScriptedReward(lambda row: row % 4 in (0, 1) or row > 7)
+    reward = ScriptedReward(lambda row: row >= len(is_mixed) or is_mixed[row] == "1")
     sampler = make_sampler(engine, reward, drop_zero_spread=True)
     samples = sampler.next_groups(0, SOURCE)
-    assert [len(g.running) for g in engine.generations] == [4, 4]  # 2 of 4 were mixed: 2 / (2 / 4)
-    assert [group.prompt.prompt_id for group in samples.groups] == ["p0", "p1", "p4", "p5"]
+    assert [len(generation.running) for generation in engine.generations] == [4, num_refilled]
+    mixed = [f"p{row}" for row in range(8) if row > 3 or is_mixed[row] == "1"]
+    assert [group.prompt.prompt_id for group in samples.groups] == mixed[:4]
     assert len(set(engine.seeds)) == 2
 
 
