@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,17 +16,22 @@ import psutil
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing import reductions
 from transformers import AutoModelForCausalLM
 
+from apo_megatron.config.rollout import SGLangConfig
+from apo_megatron.errors import ConfigError
 from apo_megatron.rollout.server import ServerAddress, ServerPool
+from apo_megatron.rollout.transport import build_transport
 from apo_megatron.rollout.transports.addresses import address_towards, is_here
 from apo_megatron.rollout.transports.flat_bucket import FlatBucket, pieces
 from apo_megatron.rollout.transports.pickled import bucket_payload, value
 from apo_megatron.rollout.transports.shared_memory import SharedMemory
+from apo_megatron.rollout.transports.tensors import _handle
 from tests.distributed import DistributedRun, run_distributed
 from tests.sglang_models import VOCAB_SIZE, other_model, served_model
 from tests.sglang_servers import sglang_servers
-from tests.workers.transport import unpickled
+from tests.workers.transport import ServersUnpickler, unpickled
 
 TENSORS: list[tuple[str, Tensor]] = [
     ("a", torch.arange(3, dtype=torch.bfloat16)),
@@ -81,6 +89,31 @@ def _files_of(memory: SharedMemory) -> list[Path]:
     return list(Path("/dev/shm").glob(f"*{memory._stem}*"))
 
 
+def test_device_handle_names_the_device_by_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: what torch would give for a handle is made up, the pickle is the real one."""
+    arguments = (
+        *(Tensor, torch.Size([48]), (1,), 0, torch.storage.TypedStorage, torch.uint8, 3),
+        *(b"handle", 64, 0, False, b"counter", 8, b"event", True),
+    )
+    monkeypatch.setattr(reductions, "reduce_tensor", lambda flat: (reductions.rebuild_cuda_tensor, arguments))
+    device_module = SimpleNamespace(
+        get_device_properties=lambda device: SimpleNamespace(uuid=f"GPU-{device}")
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: device_module)
+    rebuilt = ServersUnpickler(
+        io.BytesIO(pickle.PROTO + b"\3" + _handle(torch.zeros(48)) + pickle.STOP)
+    ).load()
+    assert rebuilt == (*arguments[:6], "GPU-3", *arguments[7:])
+
+
+def test_tensors_do_not_reach_gpus_of_others(tmp_path: Path) -> None:
+    parallel: Any = SimpleNamespace(device=torch.device("meta"))
+    loop: Any = None
+    cfg = SGLangConfig(weight_transport="tensors")
+    with pytest.raises(ConfigError, match="weight_transport=tensors with servers on GPUs of their own"):
+        build_transport(cfg, parallel, loop, tmp_path, same_machine=True)
+
+
 def test_what_a_killed_process_left_is_removed() -> None:
     memory = SharedMemory()
     memory.allocate(64)
@@ -110,7 +143,7 @@ def payload_for(servers: ServerPool, folder: Path, timeout: float) -> dict[str, 
 
 
 def test_every_transport_brings_exactly_the_weights(tmp_path: Path) -> None:
-    """TP2 ranks, two servers: pushed forth and back by one transport after the other."""
+    """TP2 ranks, two servers, one of the older generation: pushed forth and back by each transport."""
     servers = sglang_servers(served_model(), num_servers=2)
     prompt = np.random.default_rng(0).integers(2, VOCAB_SIZE, 12).astype(np.int32)
     kinds = ("tensors", "broadcast", "disk")
@@ -119,13 +152,20 @@ def test_every_transport_brings_exactly_the_weights(tmp_path: Path) -> None:
         for kind in kinds
         for path in (other_model(), served_model())
     ]
-    payload = payload_for(servers, tmp_path, timeout=120.0) | {"pushes": pushes, "prompt": prompt.tolist()}
+    payload = payload_for(servers, tmp_path, timeout=120.0) | {
+        "pushes": pushes,
+        "prompt": prompt.tolist(),
+        "watch_labels": True,
+        "older": [servers.addresses()[1].name],
+    }
     results = run_distributed(2, "tests.workers.transport:push_weights", payload)
     assert [r["problems"] for rank in results for r in rank] == [{}] * 2 * len(pushes)
 
     expected = {path.name: _greedy(path, prompt) for path in (other_model(), served_model())}
     checksums: dict[str, set[str]] = {path: set() for path in expected}
-    for push, result in zip(pushes, results[0], strict=True):
+    for push, before, result in zip(pushes, [None, *pushes], results[0], strict=False):
+        # As long as something is missing the old label stays.
+        assert before is None or result["labels_meanwhile"] == [before["label"]]
         model = Path(push["hf_path"]).name
         tokens, log_probs = expected[model]
         for seen in result["seen"]:

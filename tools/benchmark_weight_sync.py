@@ -6,7 +6,7 @@ Makes a random model of about 1 GB in the folder, starts one server with it on t
 of a trainer of one rank with every transport in turn. In the same turns the same number of bytes is copied in
 memory, sent over a loopback TCP connection, broadcast by gloo, and written to a file and read: the limits.
 The median of the repetitions counts. Memory is the largest resident set during a push, beyond that before it;
-memory that both processes map counts in both.
+memory that trainer and server share counts in both.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -76,7 +77,7 @@ LIMITS = {
 
 @dataclass
 class Measurement:
-    """All repetitions of one operation, and the most memory that one took."""
+    """All repetitions of one operation, and what memory it takes."""
 
     seconds: list[float] = field(default_factory=list)
     trainer_bytes: int = 0
@@ -85,6 +86,12 @@ class Measurement:
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds.append(time.perf_counter() - started)
 
 
 def make_model(folder: Path, size_gb: float) -> Path:
@@ -242,18 +249,16 @@ class Bench:
         else:
             write_and_read(self._bytes, self._copy, self._folder / "file")
 
-    def push(self, name: str, label: str, measurement: Measurement) -> float:
-        """Seconds."""
+    def push(self, name: str, label: str) -> None:
+        problems = self._transports[name].push(self._source, [self._server], label)
+        assert not problems, problems
+
+    def push_watched(self, name: str, label: str) -> tuple[int, int]:
+        """Bytes of memory that a push takes in the trainer and in the server."""
         trainer, server = PeakMemory([psutil.Process()]), PeakMemory(self._processes)
         with trainer, server:
-            started = time.perf_counter()
-            problems = self._transports[name].push(self._source, [self._server], label)
-            seconds = time.perf_counter() - started
-        assert not problems, problems
-        assert self._loop.run(self._server.weight_label()) == label
-        measurement.trainer_bytes = max(measurement.trainer_bytes, trainer.extra_bytes)
-        measurement.server_bytes = max(measurement.server_bytes, server.extra_bytes)
-        return seconds
+            self.push(name, label)
+        return trainer.extra_bytes, server.extra_bytes
 
     def checksum(self) -> str | None:
         """Of the server's weights."""
@@ -278,17 +283,18 @@ def measure(bench: Bench, repetitions: int) -> dict[str, Measurement]:
     """Name of the limit or transport -> what it took."""
     found = {name: Measurement() for name in (*LIMITS, *TRANSPORTS)}
     checksums = set()
-    for repetition in range(repetitions + 1):
+    for name in TRANSPORTS:  # watching takes time, so it has pushes of its own; the first makes the group
+        bench.push(name, f"{name}-first")
+        found[name].trainer_bytes, found[name].server_bytes = bench.push_watched(name, f"{name}-watched")
+        checksums.add(bench.checksum())
+    for repetition in range(repetitions):
         for name in LIMITS:
-            started = time.perf_counter()
-            bench.limit(name)
-            found[name].seconds.append(time.perf_counter() - started)
+            with found[name].timed():
+                bench.limit(name)
         for name in TRANSPORTS:
-            found[name].seconds.append(bench.push(name, f"{name}-{repetition}", found[name]))
+            with found[name].timed():
+                bench.push(name, f"{name}-{repetition}")
             checksums.add(bench.checksum())
-        if repetition == 0:  # warmed up, and the group made
-            for measurement in found.values():
-                measurement.seconds.clear()
         print(f"repetition {repetition}, load {os.getloadavg()[0]:.1f}", flush=True)
     assert len(checksums) == 1, "the transports bring different weights"
     return found

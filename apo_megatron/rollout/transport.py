@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from apo_megatron.config.rollout import SGLangConfig
+from apo_megatron.errors import ConfigError
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.rollout.event_loop import EventLoopThread
 from apo_megatron.rollout.sglang_client import SGLangClient
@@ -40,15 +42,24 @@ def build_transport(
     """The transport that ``sglang.weight_transport`` asks for. Collective.
 
     ``folder`` is where the disk transport writes, unless ``sglang.weight_folder`` says otherwise;
-    ``same_machine`` whether the servers run where ranks do, which decides what "auto" is.
+    ``same_machine`` whether the servers run where ranks do, which decides what "auto" is. Raises ConfigError
+    for a transport that cannot work.
     """
     name = cfg.weight_transport
+    can_share_memory = parallel.device.type == "cpu" or cfg.colocated
     if name == "auto":
-        name = "tensors" if same_machine else "broadcast"
+        name = "tensors" if same_machine and can_share_memory else "broadcast"
     if name == "tensors":
+        if not can_share_memory:
+            raise ConfigError(
+                "rollout.sglang.weight_transport=tensors with servers on GPUs of their own, which cannot map "
+                "memory of the trainer's: set broadcast (or auto), or rollout.sglang.colocated=true"
+            )
         return TensorTransport(parallel, loop, cfg.update_timeout, cfg.tensor_parallel_size)
     if name == "broadcast":
         return BroadcastTransport(parallel, loop, cfg.update_timeout, cfg.tensor_parallel_size)
     if cfg.weight_folder is not None:
         folder = Path(cfg.weight_folder)
+    elif parallel.is_main:  # the run's own folder: what is there was left by a run that was killed
+        shutil.rmtree(folder, ignore_errors=True)
     return DiskTransport(parallel, loop, cfg.update_timeout, folder)

@@ -6,6 +6,8 @@ import base64
 import io
 import pickle
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,11 @@ from apo_megatron.models.build import build_policy_model
 from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.parallel.state import init_parallel
 from apo_megatron.rollout.event_loop import EventLoopThread
-from apo_megatron.rollout.sglang_client import SGLangClient, open_session
+from apo_megatron.rollout.sglang_client import ServerError, SGLangClient, open_session
 from apo_megatron.rollout.transport import WeightTransport, build_transport
+from apo_megatron.weights.formats.safetensors_writer import TensorSpec
 from apo_megatron.weights.load import load_hf_weights
-from apo_megatron.weights.source import WeightSource
+from apo_megatron.weights.source import NamedTensors, WeightSource
 
 # Of sglang.srt.utils.common.SafeUnpickler (0.5.23), what our pickles need.
 ALLOWED = {
@@ -35,9 +38,11 @@ ALLOWED = {
     ("torch", "float32"),
     ("torch", "uint8"),
     ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch.multiprocessing.reductions", "rebuild_cuda_tensor"),
     ("torch.multiprocessing.reductions", "rebuild_storage_filename"),
     ("torch.multiprocessing.reductions", "rebuild_tensor"),
     ("torch.multiprocessing.reductions", "rebuild_typed_storage"),
+    ("torch.storage", "TypedStorage"),
     ("torch.storage", "UntypedStorage"),
     ("torch.storage", "_load_from_bytes"),
 }
@@ -60,6 +65,8 @@ class ServersUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         assert (module, name) in ALLOWED, f"{module}.{name} is not on the server's list"
+        if name == "rebuild_cuda_tensor":
+            return lambda *arguments: arguments
         return Metadata if name == "FlattenedTensorMetadata" else super().find_class(module, name)
 
 
@@ -80,6 +87,35 @@ def map_and_clear(payload: dict[str, Any]) -> dict[str, Tensor]:
     return copies
 
 
+class OlderClient(SGLangClient):
+    """Of a server as it was before update sessions: it has no path for them. (The real one wants a session,
+    so there is one.)"""
+
+    async def post(self, path: str, body: Any, *, timeout: float) -> Any:
+        if path not in ("/begin_weight_update", "/end_weight_update"):
+            return await super().post(path, body, timeout=timeout)
+        if path == "/begin_weight_update":
+            with suppress(ServerError):  # it is open from the push before
+                await super().post(path, body, timeout=timeout)
+        raise ServerError(self.name, path, "status 404", 404)
+
+
+class WatchedSource:
+    """A WeightSource; before each bucket the label that the rank's server shows is noted."""
+
+    def __init__(self, source: WeightSource, note_label: Callable[[], None]) -> None:
+        self._source = source
+        self._note_label = note_label
+
+    def tensor_specs(self) -> list[TensorSpec]:
+        return self._source.tensor_specs()
+
+    def buckets(self) -> Iterator[NamedTensors]:
+        for bucket in self._source.buckets():
+            self._note_label()
+            yield bucket
+
+
 class Pusher:
     """A rank with a model and clients of all servers of ``payload``."""
 
@@ -89,7 +125,9 @@ class Pusher:
         self._loop = EventLoopThread()
         self._session = self._loop.run(open_session(None))
         self._servers = [
-            SGLangClient(name, url, self._session, vocab_size=107, update_timeout=payload["timeout"])
+            (OlderClient if name in payload.get("older", []) else SGLangClient)(
+                name, url, self._session, vocab_size=107, update_timeout=payload["timeout"]
+            )
             for name, url in payload["servers"]
         ]
         self._transports: dict[str, WeightTransport] = {}
@@ -107,10 +145,20 @@ class Pusher:
             cfg = SGLangConfig(weight_transport=kind, update_timeout=self._payload["timeout"])
             folder = Path(self._payload["folder"])
             self._transports[kind] = build_transport(cfg, self.parallel, self._loop, folder, True)
-        source = WeightSource(self._chunks, self._architecture, self.parallel, self._payload["bucket_bytes"])
+        source: Any = WeightSource(
+            self._chunks, self._architecture, self.parallel, self._payload["bucket_bytes"]
+        )
+        labels: set[str] = set()
+        if self._payload.get("watch_labels") and self.parallel.is_main:
+            source = WatchedSource(source, lambda: labels.add(self._label()))
         started = time.monotonic()
         problems = self._transports[kind].push(source, self._servers, label)
-        return {"problems": problems, "seconds": time.monotonic() - started}
+        seconds = time.monotonic() - started
+        return {"problems": problems, "seconds": seconds, "labels_meanwhile": sorted(labels)}
+
+    def _label(self) -> str:
+        """Of the server that this rank serves: others may be ahead by a bucket."""
+        return self._loop.run(self._servers[self.parallel.rank].weight_label())
 
     def look(self, problems: dict[str, str]) -> list[dict[str, Any]]:
         """What the servers without problems say now; the main rank looks."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -76,13 +75,11 @@ class TensorTransport(BucketTransport):
         is_main_machine = self._machines[self._parallel.rank] == self._machines[0]
         here = [is_here(server.url, is_main_machine) for server in servers]
         here_by_rank = all_gather_objects(here, self._parallel)
-        num_mapping: Counter[tuple[int, ...]] = Counter()  # server ranks so far, by the ranks near to them
         self._routes = {}
         for index, server in enumerate(servers):
             near = tuple(rank for rank, flags in enumerate(here_by_rank) if flags[index])
-            # Where servers share the trainer's GPUs, in order, each of their ranks maps its own GPU's memory.
-            places = range(num_mapping[near], num_mapping[near] + self._ranks_per_server)
-            num_mapping[near] = places.stop
+            first = _number(server, index) * self._ranks_per_server
+            places = range(first, first + self._ranks_per_server)
             memory_ranks = tuple(near[place % len(near)] for place in places) if near else ()
             owner = memory_ranks[0] if memory_ranks else index % self._parallel.world
             self._routes[server.name] = _Route(owner, memory_ranks)
@@ -192,6 +189,13 @@ class TensorTransport(BucketTransport):
             self._shared_memory.free()
         else:
             torch.get_device_module(self._parallel.device).ipc_collect()
+
+
+def _number(server: SGLangClient, position: int) -> int:
+    """Of "server-3": 3. Colocated servers have the trainer's GPUs in this order, and see no others, so each
+    of their ranks must map memory of the trainer's rank on the same GPU."""
+    number = server.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else position
 
 
 def _body(payloads: list[str], delivery: Delivery, is_last: bool) -> Body:
