@@ -9,16 +9,18 @@ from typing import Any
 
 from apo_megatron.data.prompts import PromptLoader
 from apo_megatron.rollout.engine import SampleRequest
+from apo_megatron.rollout.gathering import SampleColumns
 from apo_megatron.types import Completion, Prompt, SampleGroup
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What every rank knows of a complete group."""
+    """What every rank knows of a complete group: all but its tokens and log-probs."""
 
     number: int  # of its draw
     oldest_version: int  # of any of its tokens
     is_mixed: bool  # right and wrong answers
+    columns: SampleColumns
 
 
 @dataclass

@@ -29,7 +29,7 @@ from apo_megatron.parallel.world import World
 from apo_megatron.rewards.registry import Reward
 from apo_megatron.rollout.draws import Draw, Draws, Verdict
 from apo_megatron.rollout.engine import Generation, Progress, RolloutEngine
-from apo_megatron.rollout.gathering import gather_groups
+from apo_megatron.rollout.gathering import SampleColumns, gather_groups
 from apo_megatron.rollout.groups import check_versions, is_mixed, score_groups, step_sampling
 from apo_megatron.rollout.step_counts import StepCounts
 from apo_megatron.rollout.waiting import LateProgress, finish_generation, start_generation
@@ -104,8 +104,8 @@ class GroupSampler:
         self._drop_older(step + 1 - self._cfg.rollout.max_staleness)  # what the next step may not train on
         self._count_carried()
         own = [draw.group for draw in chosen if draw.group is not None]
-        owners = [(draw.prompt, draw.owner) for draw in chosen]
-        groups = gather_groups(own, owners, self._parallel)
+        order = [(d.prompt, d.owner, d.verdict.columns) for d in chosen if d.verdict is not None]
+        groups = gather_groups(own, order, self._parallel)
         assert len(groups) == self._cfg.data.prompts_per_step
         metrics = self._counts.metrics(groups, self._engine.policy_version)
         samples = StepSamples(groups, metrics, self._note(step))
@@ -229,7 +229,7 @@ class GroupSampler:
         groups = [draw.group for draw in complete if draw.group is not None]
         score_groups(groups, self._reward)
         verdicts = [
-            Verdict(draw.number, draw.oldest_version(), is_mixed(group))
+            Verdict(draw.number, draw.oldest_version(), is_mixed(group), SampleColumns.of(group.samples))
             for draw, group in zip(complete, groups, strict=True)
         ]
         return verdicts, num_stale

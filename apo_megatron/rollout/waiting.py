@@ -78,17 +78,18 @@ def finish_generation(
     is_stopped = enough is not None and enough <= 0
     if is_stopped:
         generation.stop()
-    result: list[T] = []
+    results: list[list[T]] = [[] for _ in range(parallel.world)]  # by rank: one, once it is there
 
     def look() -> tuple[list[T], int]:
-        if not result and generation.wait(POLL_SECONDS):
-            result.append(finish())
-        return result, 0 if num_complete is None else num_complete()
+        is_done = not results[parallel.rank] and generation.wait(POLL_SECONDS)
+        return [finish()] if is_done else [], 0 if num_complete is None else num_complete()
 
     while True:
         states = on_every_rank(look, parallel)
-        if all(results for results, _ in states):
-            return [results[0] for results, _ in states], not is_stopped
+        for of_rank, (new, _) in zip(results, states, strict=True):
+            of_rank += new
+        if all(results):
+            return [of_rank[0] for of_rank in results], not is_stopped
         if is_stopped:
             continue
         has_enough = enough is not None and sum(count for _, count in states) >= enough
