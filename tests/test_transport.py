@@ -206,6 +206,12 @@ def test_a_hung_server_holds_a_push_up_for_one_time_out(tmp_path: Path) -> None:
             for one in stopped:
                 one.resume()
         assert 4.0 < result["seconds"] < 14.0, transport
+    # Once it goes on it takes weights again.
+    push = {"transport": "broadcast", "hf_path": str(other_model()), "label": "again"}
+    payload = payload_for(servers, tmp_path, timeout=60.0) | {"pushes": [push]}
+    ((again,), _) = run_distributed(2, "tests.workers.transport:push_weights", payload)
+    assert again["problems"] == {}
+    assert [server["label"] for server in again["seen"]] == ["again", "again"]
 
 
 @pytest.mark.parametrize("transport", ["tensors", "broadcast"])

@@ -126,7 +126,12 @@ class Pusher:
         self._session = self._loop.run(open_session(None))
         self._servers = [
             (OlderClient if name in payload.get("older", []) else SGLangClient)(
-                name, url, self._session, vocab_size=107, update_timeout=payload["timeout"]
+                name,
+                url,
+                self._session,
+                vocab_size=107,
+                update_timeout=payload["timeout"],
+                control_timeout=payload["timeout"],
             )
             for name, url in payload["servers"]
         ]

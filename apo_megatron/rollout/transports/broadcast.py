@@ -61,7 +61,7 @@ class BroadcastTransport(BucketTransport):
 
     def _prepare(self, source: WeightSource, delivery: Delivery) -> None:
         for server in delivery.servers:
-            if server.name in self._links and not self._still_linked(server):
+            if server.name in self._links and not self._still_linked(server, delivery):
                 self._cut(server.name)
         joining = []
         for server in delivery.servers:
@@ -81,12 +81,13 @@ class BroadcastTransport(BucketTransport):
         for server, joined, answer in joining:
             self._wait(delivery, server, joined, answer)
 
-    def _still_linked(self, server: SGLangClient) -> bool:
+    def _still_linked(self, server: SGLangClient, delivery: Delivery) -> bool:
         """Whether it is the process that joined: one that was started anew shows another label."""
         try:
             label = self._loop.run(server.weight_label())
-        except ServerError:
-            return False  # the next call will tell
+        except ServerError as error:
+            delivery.fail(server, str(error))
+            return False
         return label == self._links[server.name].label
 
     def _make_group(self, server: SGLangClient) -> OutsideGroup:
