@@ -248,6 +248,7 @@ class Evaluator:
                 self._cfg.evaluation,
                 self._cfg.rollout,
                 self._parallel,
+                source=self._sync.source,
                 num_samples=num_samples,
                 progress=advance,
             )

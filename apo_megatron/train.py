@@ -50,7 +50,7 @@ def train(cfg: RLConfig) -> None:
         sampler = GroupSampler(engine, data.prompts, data.reward, cfg, parallel)
         parts: dict[str, Stateful] = {"data": data.prompts, "rollout": sampler}
         checkpointer = Checkpointer(run.checkpoint_folder, cfg, actor, parts, digest)
-        version = start = run.resume(checkpointer)  # policy version: completed steps at the last update
+        version = start = run.resume(checkpointer)  # policy version: one more with each step that trains
         sync = WeightSync(cfg.rollout, actor, engine, sampler, data.prompts)
         evaluator = Evaluator(cfg, parallel, run, engine, sync, data)
         if cfg.evaluation.at_start and start == 0:
@@ -85,7 +85,7 @@ def train(cfg: RLConfig) -> None:
                 with run.phase("update", batch.num_sequences) as advance:
                     updates = [actor.update(part, objective, advance) for part in batch.mini_batches()]
                 metrics |= mean_metrics(updates)
-                version = step + 1
+                version += 1
             if run.is_due(cfg.evaluation.interval, step):
                 metrics |= evaluator.metrics(version)
             run.finish_step(step, metrics, actor, checkpointer)

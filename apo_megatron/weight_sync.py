@@ -10,6 +10,7 @@ from apo_megatron.config.rollout import RolloutConfig
 from apo_megatron.data.prompts import PromptLoader
 from apo_megatron.rollout.engine import Probe, RolloutEngine
 from apo_megatron.rollout.sampler import GroupSampler
+from apo_megatron.weights.source import WeightSource
 
 MAX_PROBE_LENGTH = 256  # tokens of one prompt: enough to see wrong weights, quick on every layout
 
@@ -36,6 +37,11 @@ class WeightSync:
         self._probe_tokens = tuple(tokens for tokens in token_ids if len(tokens) > 1)
         self._engine_is_awake = False
 
+    @property
+    def source(self) -> WeightSource:
+        """Streams the actor's weights."""
+        return self._actor.weight_source()
+
     def push(self, version: int) -> dict[str, float]:
         """The engine draws with the actor's weights, as policy ``version``; the metrics of the update.
 
@@ -50,7 +56,7 @@ class WeightSync:
         if self._shares_devices:
             self._actor.sleep()
         with self._sampler.settled():
-            metrics = self._engine.update_weights(self._actor.weight_source(), version, probe)
+            metrics = self._engine.update_weights(self.source, version, probe)
         self._engine_is_awake = True
         return metrics
 

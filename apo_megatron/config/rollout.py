@@ -30,7 +30,7 @@ class SGLangConfig(Section):
     )
     num_servers: PositiveInt = Field(1, description="Servers to start on the machine of rank 0.")
     python: str = Field("python", description="Interpreter of the environment that has sglang.")
-    tensor_parallel_size: PositiveInt = Field(1, description="TP of each server that is started.")
+    tensor_parallel_size: PositiveInt = Field(1, description="TP of each server, also of those in urls.")
     server_args: FrozenList[str] = Field((), description="More arguments of sglang.launch_server.")
     host: str = Field("127.0.0.1", description="Address that started servers bind to.")
     api_key_variable: str = Field(
