@@ -152,9 +152,10 @@ class Scene:
     def is_whole(self, completion: Completion, sampling: SamplingParams) -> bool:
         num_tokens = len(completion.token_ids)
         body = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
+        ends = num_tokens > 0 and completion.token_ids[-1] in sampling.stop_token_ids
         return (
-            completion.finish_reason == ("stop" if ends(completion) else "length")
-            and (ends(completion) or num_tokens == sampling.max_new_tokens)
+            completion.finish_reason == ("stop" if ends else "length")
+            and (ends or num_tokens == sampling.max_new_tokens)
             and len(completion.log_probs) == num_tokens
             and completion.versions == ((self.version, num_tokens),)
             and completion.text.split() == [f"w{i}" for i in body.tolist() if i > EOS_TOKEN_ID]
@@ -187,10 +188,6 @@ class Scene:
 
 
 ANY_SOURCE: Any = object()  # FolderTransport does not read it
-
-
-def ends(completion: Completion) -> bool:
-    return len(completion.token_ids) > 0 and completion.token_ids[-1] in (EOS_TOKEN_ID, 7)
 
 
 @torch.inference_mode()
@@ -349,7 +346,7 @@ def lost_servers(payload: dict[str, Any]) -> dict[str, Any]:
         while not _all_done(generation.wait(0.2), scene.world):
             scene.engine.recover(ANY_SOURCE)
         completions = [c for group in generation.results() for c in group]
-        return [str(c.versions) for c in completions if not scene.is_whole(c, many)]
+        return [str(c) for c in completions if not scene.is_whole(c, many)]
 
     result["killed"] = disturb(signal.SIGKILL, [0])
     result["back"] = scene.recover_until(lambda: scene.num_usable() == 2)
