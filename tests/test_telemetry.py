@@ -358,8 +358,11 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     for name, section in RLConfig.model_fields.items():
         assert f"\n{name}: " in shown
         for field, info in section.annotation.model_fields.items():  # type: ignore[union-attr]
+            if field == "sglang":  # a section itself
+                continue
             assert f"\n  {name}.{field}{'  (required)' if info.is_required() else '='}" in shown
             assert info.description is not None
+    assert "\n  rollout.sglang.num_servers=1\n" in shown
     assert "objective.apo_pull_coeff=0.1\n        beta: weight of the anchor ratio where A < 0." in shown
 
 

@@ -88,7 +88,10 @@ def server_processes() -> list[psutil.Process]:
     """The HTTP processes of the servers that this process has started, the oldest first."""
     found = []
     for process in psutil.Process().children(recursive=True):
-        words = process.cmdline()
+        try:
+            words = process.cmdline()
+        except psutil.NoSuchProcess:  # a zombie, too
+            continue
         is_guard = any(word.endswith("server_guard.py") for word in words)
         if "sglang.launch_server" in words and not is_guard:
             found.append(process)
@@ -96,7 +99,10 @@ def server_processes() -> list[psutil.Process]:
 
 
 def _serves(process: psutil.Process) -> bool:
-    words = process.cmdline()
+    try:
+        words = process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
     url = f"http://127.0.0.1:{words[words.index('--port') + 1]}/model_info"
     try:
         with urllib.request.urlopen(url, timeout=5):
