@@ -244,7 +244,8 @@ def test_servers_that_are_lost_come_back_and_the_run_goes_on(base: CountdownBase
 
         def num_used() -> float:
             # A step after one without a mixed group has the weights already.
-        return next(row["num_servers"] for row in reversed(_metrics(launch.folder)) if "num_servers" in row)
+            rows = reversed(_metrics(launch.folder))
+            return next(row["num_servers"] for row in rows if "num_servers" in row)
 
         launch.wait_for(lambda: launch.num_steps >= 2 and num_used() == 2)
         before = listed()
