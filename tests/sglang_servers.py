@@ -7,6 +7,7 @@ with the session, however that ends.
 from __future__ import annotations
 
 import tempfile
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -70,4 +71,16 @@ def stop_sglang_servers() -> None:
 
 
 def _all_serve(pool: ServerPool, num_servers: int) -> bool:
-    return pool.failure() is None and len(pool.addresses()) == num_servers
+    addresses = pool.addresses()
+    return (
+        pool.failure() is None and len(addresses) == num_servers and all(_answers(a.url) for a in addresses)
+    )
+
+
+def _answers(url: str) -> bool:
+    """The pool may not have noticed yet what a test has just done to a server."""
+    try:
+        with urllib.request.urlopen(f"{url}/model_info", timeout=10):
+            return True
+    except OSError:
+        return False
