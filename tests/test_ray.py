@@ -21,7 +21,6 @@ from ray.cluster_utils import Cluster
 
 from tests.countdown_base import CountdownBase, make_countdown_base
 from tests.distributed import run_distributed
-from tests.sglang_servers import sglang_python, stop_sglang_servers
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK, SERVER = "apo_megatron.launch.rank_main", "sglang.launch_server"
@@ -225,47 +224,3 @@ def test_too_small_a_cluster_is_named_at_once_or_waited_for(base: CountdownBase,
     assert re.search(r"ray: waiting 0:0\d of 0:06 for resources, asked: 3 x \(1 CPU\)", launch.text)
     assert len(re.findall(r"\): 1 of 1 CPU free", launch.text)) >= 4  # two nodes, shown twice
     assert "gave up after 0:06 (--wait-minutes)" in launch.text
-
-
-def test_servers_that_are_lost_come_back_and_the_run_goes_on(base: CountdownBase, cluster: Nodes) -> None:
-    stop_sglang_servers()
-    cluster.add()
-    servers = {"num_servers": 2, "python": sglang_python(), "health_interval": 2.0}
-    servers |= {"health_timeout": 5.0, "update_timeout": 15.0}
-    config = _config(
-        base, "servers", train={"num_steps": 2000}, rollout={"engine": "sglang", "sglang": servers}
-    )
-    with Launch(cluster, config) as launch:
-
-        def listed() -> dict[str, str]:
-            path = launch.folder / "servers.json"
-            entries = json.loads(path.read_text()) if path.exists() else []
-            return {entry["name"]: entry["url"] for entry in entries}
-
-        def num_used() -> float:
-            # A step after one without a mixed group has the weights already.
-            rows = reversed(_metrics(launch.folder))
-            return next(row["num_servers"] for row in rows if "num_servers" in row)
-
-        launch.wait_for(lambda: launch.num_steps >= 2 and num_used() == 2)
-        before = listed()
-        assert all(url.startswith("http://127.0.0.1:") for url in before.values())
-        (node, *_) = [node for node in cluster.others if not cluster.processes(RANK, node)]
-        lost = cluster.processes(SERVER, node)
-        assert lost
-        cluster.remove(node)
-        launch.wait_for(lambda: len(listed()) == 1)
-        num_steps = launch.num_steps
-        launch.wait_for(lambda: launch.num_steps >= num_steps + 2)  # with the other server
-        assert num_used() == 1
-        assert not any(process.is_running() for process in lost)
-
-        (scheduler,) = cluster.processes("sglang::scheduler")
-        scheduler.suspend()  # the other one hangs, and there is room again for the lost one
-        cluster.add()
-        launch.wait_for(lambda: not scheduler.is_running())
-        launch.wait_for(lambda: len(listed()) == 2 and num_used() == 2)
-        launch.send(signal.SIGTERM)
-        assert launch.exit_code() == 130
-    assert listed() == {}
-    assert not cluster.processes(SERVER)
