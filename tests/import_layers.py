@@ -47,7 +47,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
 PACKAGE = "apo_megatron"  # its __init__ holds the version only: anyone may import it
 NEVER_IMPORTS = (("apo_megatron.rollout", "apo_megatron.actor"),)
 FORBIDDEN_IN_PURE = ("torch.distributed", "megatron", "ray", "sglang")
-RAY_HOME = "apo_megatron.launch"
+RAY_HOME = "apo_megatron.launch.ray"
 DEVICE_HOME = "apo_megatron.parallel"
 DEVICE_LITERAL = re.compile(r"\b(cuda|nccl)\b")
 

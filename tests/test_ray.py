@@ -21,6 +21,7 @@ from ray.cluster_utils import Cluster
 
 from tests.countdown_base import CountdownBase, make_countdown_base
 from tests.distributed import run_distributed
+from tests.sglang_servers import sglang_python, stop_sglang_servers
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK, SERVER = "apo_megatron.launch.rank_main", "sglang.launch_server"
@@ -44,8 +45,12 @@ class Nodes:
         self.others.append(self._cluster.add_node(**NODE))
 
     def remove(self, node: Any) -> None:
+        """Kill -9 what Ray runs there; what that has started must end by itself."""
         self.others.remove(node)
-        self._cluster.remove_node(node)
+        (raylet,) = node.all_processes["raylet"]
+        for process in psutil.Process(raylet.process.pid).children():
+            process.kill()
+        self._cluster.remove_node(node, allow_graceful=False)
 
     def processes(self, module: str, node: Any = None) -> list[psutil.Process]:
         """Those on ``node``, or on all nodes, that run ``python -m module``."""
@@ -162,11 +167,12 @@ def test_a_lost_node_costs_no_step_when_the_run_may_restart(
     config = _config(base, "lost_node")
     with Launch(cluster, config, "--num-trainers", "2", "--max-failures", "1") as launch:
         launch.wait_for(lambda: launch.num_steps >= 5)
-        assert len(cluster.processes(RANK, cluster.others[0])) == 1
+        ranks = cluster.processes(RANK)
+        assert len(ranks) == 2 and len(cluster.processes(RANK, cluster.others[0])) == 1
         cluster.remove(cluster.others[0])
         launch.wait_for(lambda: "waiting" in launch.text.partition("was lost")[2])
         assert "its node is gone" in launch.text and "restart 1 of 1, from step_0000" in launch.text
-        assert not cluster.processes(RANK)
+        assert not any(rank.is_running() for rank in ranks)
         cluster.add()
         assert launch.exit_code() == 0
     _assert_same(_metrics(launch.folder), reference)
@@ -224,3 +230,56 @@ def test_too_small_a_cluster_is_named_at_once_or_waited_for(base: CountdownBase,
     assert re.search(r"ray: waiting 0:0\d of 0:06 for resources, asked: 3 x \(1 CPU\)", launch.text)
     assert len(re.findall(r"\): 1 of 1 CPU free", launch.text)) >= 4  # two nodes, shown twice
     assert "gave up after 0:06 (--wait-minutes)" in launch.text
+
+
+def test_a_server_that_cannot_start_ends_the_run(base: CountdownBase, cluster: Nodes) -> None:
+    servers = {"python": "no-such-python"}
+    config = _config(base, "no_server", rollout={"engine": "sglang", "sglang": servers})
+    with Launch(cluster, config) as launch:
+        assert launch.exit_code() == 2
+    assert "error: rollout.sglang.python=no-such-python: no such program" in launch.text
+    assert not cluster.processes(RANK)
+
+
+def test_servers_that_are_lost_come_back_and_the_run_goes_on(base: CountdownBase, cluster: Nodes) -> None:
+    stop_sglang_servers()
+    cluster.add()
+    servers = {"num_servers": 2, "python": sglang_python(), "health_interval": 2.0}
+    servers |= {"health_timeout": 5.0, "update_timeout": 15.0}
+    config = _config(
+        base, "servers", train={"num_steps": 2000}, rollout={"engine": "sglang", "sglang": servers}
+    )
+    with Launch(cluster, config) as launch:
+
+        def listed() -> dict[str, str]:
+            path = launch.folder / "servers.json"
+            entries = json.loads(path.read_text()) if path.exists() else []
+            return {entry["name"]: entry["url"] for entry in entries}
+
+        def num_used() -> float:
+            """At the last update; a step without a mixed group leaves the weights as they are."""
+            found = [row["num_servers"] for row in _metrics(launch.folder) if "num_servers" in row]
+            return found[-1] if found else 0.0
+
+        launch.wait_for(lambda: launch.num_steps >= 2 and num_used() == 2)
+        before = listed()
+        assert all(url.startswith("http://127.0.0.1:") for url in before.values())
+        (node, *_) = [node for node in cluster.others if not cluster.processes(RANK, node)]
+        lost = cluster.processes(SERVER, node)
+        assert lost
+        cluster.remove(node)
+        launch.wait_for(lambda: len(listed()) == 1)
+        num_steps = launch.num_steps
+        launch.wait_for(lambda: launch.num_steps >= num_steps + 2 and num_used() == 1)  # with the other
+        assert not any(process.is_running() for process in lost)
+
+        (scheduler,) = cluster.processes("sglang::scheduler")
+        scheduler.suspend()  # the other one hangs, and there is room again for the lost one
+        cluster.add()
+        launch.wait_for(lambda: not scheduler.is_running())
+        launch.wait_for(lambda: len(listed()) == 2 and num_used() == 2)
+        assert "restart 2 of 10" not in launch.text  # a try on the node that was gone counts for nothing
+        launch.send(signal.SIGTERM)
+        assert launch.exit_code() == 130
+    assert listed() == {}
+    assert not cluster.processes(SERVER)

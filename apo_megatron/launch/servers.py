@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from apo_megatron.errors import RolloutError
+from apo_megatron.errors import ConfigError, RolloutError
 from apo_megatron.files import write_atomically
 from apo_megatron.launch.cluster import Actor, ActorLost, Call, Cluster
 from apo_megatron.launch.placement import Node, Plan, RankPlace, common_address
@@ -67,7 +67,7 @@ class Servers:
         self.poll()
 
     def poll(self) -> None:
-        """Takes no time. Raises RolloutError for a server that cannot start, or when none is left."""
+        """Takes no time. Raises RolloutError when no server is left, or what a first start has raised."""
         now = time.monotonic()
         if not self._servers or now < self._next_look:
             return
@@ -79,7 +79,9 @@ class Servers:
                 try:
                     self._look(server, server.actor)
                 except ActorLost:
-                    self._lose(server, "its process or its node is gone")
+                    self._lose(
+                        server, "its process or its node is gone", counts=not self._was_misplaced(server)
+                    )
         self._publish()
         failures = [server.failure for server in self._servers if server.failure is not None]
         if len(failures) == len(self._servers):
@@ -148,14 +150,14 @@ class Servers:
     def _look(self, server: _Server, actor: Actor) -> None:
         """Raises ActorLost."""
         if server.start is not None and server.start.is_done():
-            call, server.start = server.start, None
             try:
-                call.result(_ANSWER_SECONDS)
-            except RolloutError as error:
+                server.start.result(_ANSWER_SECONDS)
+            except (RolloutError, ConfigError) as error:
                 if not server.has_served and server.num_restarts == 0:
                     raise
                 self._lose(server, str(error))
                 return
+            server.start = None
         if server.look is None:
             server.look = actor.call("state")
         elif server.look.is_done():
@@ -168,12 +170,19 @@ class Servers:
             if state.failure is not None and server.start is None:
                 self._give_up(server, state.failure)
 
-    def _lose(self, server: _Server, reason: str) -> None:
+    def _was_misplaced(self, server: _Server) -> bool:
+        """Whether it was started on a node that was gone already, which Ray notices seconds later."""
+        alive = {node.node_id for node in self._cluster.nodes()}
+        return server.start is not None and server.node is not None and server.node.node_id not in alive
+
+    def _lose(self, server: _Server, reason: str, counts: bool = True) -> None:
         """Its actor is of no use any more: the next look starts another one, unless that was the last."""
         if server.actor is not None:
             server.actor.kill()
         server.actor = server.start = server.look = server.url = None
         where = f" on node {server.node.label}" if server.node is not None else ""
+        if not counts:
+            return
         if server.num_restarts == self._max_restarts:
             limit = f"{self._max_restarts} restarts (rollout.sglang.max_restarts)"
             self._give_up(server, f"{server.name}{where} was lost after {limit}: {reason}")

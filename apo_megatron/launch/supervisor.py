@@ -20,6 +20,7 @@ from apo_megatron.launch.cluster import Cluster
 from apo_megatron.launch.command import LaunchOptions, command_to_go_on
 from apo_megatron.launch.outcome import RankEnd, RunFailed, first_failure, last_lines
 from apo_megatron.launch.placement import Node, Plan, describe_wait, why_never
+from apo_megatron.launch.rank_process import RankProcess
 from apo_megatron.launch.servers import SERVERS_FILE, Servers
 from apo_megatron.launch.stop_signals import StopSignals
 from apo_megatron.launch.trainer import Trainer
@@ -27,8 +28,8 @@ from apo_megatron.launch.waiting import Waiting
 from apo_megatron.telemetry.command import EXIT_INTERRUPTED, EXIT_USER_ERROR
 
 POLL_SECONDS = 0.5
-VERDICT_SECONDS = 75.0  # Ray needs 64, as measured, to give up a node that is silent
-SETTLE_SECONDS = 2.0  # after a failure: others fail because of it, and may be seen first
+VERDICT_SECONDS = 20.0  # Ray takes 13, as measured, to give up a node whose processes were killed
+SETTLE_SECONDS = 4.0  # after a failure: others fail because of it, and may be seen first
 # Variables of the launcher that processes on other nodes get, too. torchrun hands on all of them, but what
 # describes this machine (PATH, LD_LIBRARY_PATH, ...) need not hold for another one.
 HANDED_ON = ("APO_MEGATRON_", "GLOO_", "HF_", "NCCL_", "OMP_NUM_THREADS", "SGLANG_", "TORCH_", "WANDB_")
@@ -71,17 +72,13 @@ class Supervisor:
                     raise RunFailed(self._describe(failure), failure.exit_code)
                 count = f"restart {num_failures + 1} of {self._options.max_failures}"
                 self._say(f"all ranks were ended; {count}, from {self._latest() or 'the beginning'}")
-                if failure.node_is_silent:
-                    self._wait_for_verdict(failure.place.node)
         finally:
             self._servers.close()
 
     def _attempt(self, resume: bool) -> RankEnd | None:
         """Run the trainer once; the failure that ended it. Raises RunInterrupted."""
-        nodes = self._wait_for_nodes(may_come_back=resume)
-        trainer = Trainer(self._cluster, self._plan, nodes, self._folder, self._log_folder)
+        trainer = self._place_trainer(resume)
         try:
-            trainer.prepare(Waiting(self._stop, self._say, self._options.wait_minutes))
             if not trainer.ends:
                 self._servers.attend(trainer.places, trainer.devices, self._environment)
                 trainer.start(self._config_text(resume), self._environment)
@@ -94,15 +91,43 @@ class Supervisor:
             raise RunInterrupted(f"{self._stop.name} received before the first step. {self._how_to_go_on()}")
         if failure is None and EXIT_INTERRUPTED in codes:
             raise RunInterrupted(f"the run was stopped. {self._how_to_go_on()}")
-        if failure is not None and failure.place.node.node_id not in {
-            n.node_id for n in self._cluster.nodes()
-        }:
-            failure = replace(failure, code=None, problem="was lost: its node is gone")
+        if failure is not None and failure.code is None and self._is_node_gone(failure):
+            return replace(failure, problem="was lost: its node is gone")
         return failure
 
-    def _wait_for_nodes(self, may_come_back: bool) -> list[Node]:
-        """The node of each of the trainer's bundles. Raises ConfigError where the cluster is too small."""
+    def _place_trainer(self, resume: bool) -> Trainer:
+        """Actors for all ranks, ready; some have ended where they cannot run. Ray may place some on a node
+        that is gone, which it notices seconds later: then they are placed again."""
         waiting = Waiting(self._stop, self._say, self._options.wait_minutes)
+        while True:
+            nodes = self._wait_for_nodes(waiting, may_come_back=resume)
+            trainer = Trainer(self._cluster, self._plan, nodes, self._folder, self._log_folder)
+            try:
+                trainer.prepare(waiting)
+            except BaseException:  # a signal, the end of patience, a node where ranks cannot run
+                trainer.close()
+                raise
+            if not any(self._is_node_gone(end) for end in trainer.ends):
+                return trainer
+            trainer.close()
+
+    def _is_node_gone(self, failure: RankEnd) -> bool:
+        """Whether Ray gives up the node of a lost rank. A node that can start a process is not gone; one
+        that is silent is not waited for: a failed run ends within a minute."""
+        place = failure.place
+        probe = self._cluster.start_actor(RankProcess, place.bundle, 0, None)
+        answer = probe.call("ping")
+        until = time.monotonic() + (0.0 if failure.node_is_silent else VERDICT_SECONDS)
+        while place.node.node_id in self._alive() and not answer.is_done() and time.monotonic() < until:
+            self._cluster.wait([answer], POLL_SECONDS)
+        probe.kill()
+        return place.node.node_id not in self._alive()
+
+    def _alive(self) -> set[str]:
+        return {node.node_id for node in self._cluster.nodes()}
+
+    def _wait_for_nodes(self, waiting: Waiting, may_come_back: bool) -> list[Node]:
+        """The node of each of the trainer's bundles. Raises ConfigError where the cluster is too small."""
         bundles = self._plan.bundles()
         while True:
             placed = self._cluster.bundle_nodes()[: self._plan.num_trainer_bundles]
@@ -120,14 +145,6 @@ class Supervisor:
                 )
             lack = "" if never is None else f" The cluster lacks {never}."
             waiting.step([f"for resources, {demand}.{lack}", *lines])
-            time.sleep(POLL_SECONDS)
-
-    def _wait_for_verdict(self, node: Node) -> None:
-        """Until Ray has given up a silent node too, and places nothing there, or the node must be back."""
-        waiting = Waiting(self._stop, self._say, self._options.wait_minutes)
-        until = time.monotonic() + VERDICT_SECONDS
-        while time.monotonic() < until and node.node_id in {n.node_id for n in self._cluster.nodes()}:
-            waiting.step([f"for Ray to decide whether node {node.label} is lost"])
             time.sleep(POLL_SECONDS)
 
     def _watch(self, trainer: Trainer) -> None:

@@ -155,9 +155,9 @@ class Trainer:
         for rank, call in zip(ranks, calls, strict=True):
             try:
                 answers.append(call.result(_ANSWER_SECONDS))
-            except ActorLost:
+            except ActorLost as loss:
                 answers.append("")
-                self._note_end(rank, None, "was lost before it started")
+                self._note_end(rank, None, f"was lost before it started: {loss}")
         return answers
 
     def _ping(self, rank: _Rank) -> None:
