@@ -402,7 +402,7 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     (
         RLConfig,
         "urls_are_http",
-        ["rollout.sglang.router_url=host"],
+        ["rollout.sglang.router_url=host", "rollout.sglang.urls=[http://host:1]"],
         ["rollout.sglang:", "'host'", "http://host:port"],
     ),
     (
@@ -410,6 +410,18 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
         "urls_are_different",
         ["rollout.sglang.urls=[http://host:1, http://host:1]"],
         ["rollout.sglang:", "urls=['http://host:1', 'http://host:1']", "twice"],
+    ),
+    (
+        RLConfig,
+        "a_router_is_for_servers_that_run",
+        ["rollout.sglang.router_url=http://host:1"],
+        ["rollout.sglang:", "router_url=http://host:1", "urls"],
+    ),
+    (
+        RLConfig,
+        "oversampling_stops_something",
+        ["rollout.oversampling=1.5"],
+        ["rollout:", "oversampling=1.5", "engine=embedded"],
     ),
     (
         RLConfig,
@@ -426,7 +438,7 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     (
         RLConfig,
         "partial_rollouts_are_stale",
-        ["rollout.partial_rollouts=true", "rollout.oversampling=1.5"],
+        ["rollout.engine=sglang", "rollout.partial_rollouts=true", "rollout.oversampling=1.5"],
         ["rollout:", "partial_rollouts=true", "max_staleness=0"],
     ),
     (
@@ -438,7 +450,12 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     (
         RLConfig,
         "partial_rollouts_are_stale",
-        ["rollout.partial_rollouts=true", "rollout.max_staleness=1", "rollout.oversampling=1.5"],
+        [
+            "rollout.partial_rollouts=true",
+            "rollout.max_staleness=1",
+            "rollout.oversampling=1.5",
+            "rollout.drop_zero_spread=true",
+        ],
         ["rollout:", "partial_rollouts=true", "engine=embedded"],
     ),
     (
@@ -500,6 +517,12 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
         "warmup_ends_before_training",
         ["optimizer.lr_warmup_steps=10"],
         ["optimizer.lr_warmup_steps=10", "10 updates"],
+    ),
+    (
+        EvalConfig,
+        "engine_has_weights_of_its_own",
+        ["rollout.engine=sglang"],
+        ["rollout.engine=sglang", "embedded"],
     ),
     (EvalConfig, "problems_are_named", ["evaluation.data_path=null"], ["evaluation.data_path=null"]),
     (

@@ -78,6 +78,8 @@ def test_colocated_servers_share_the_trainers_bundles() -> None:
     plan = make_plan(config("sglang", sglang, tensor_parallel_size=4), 8, [node("1", 8)])
     assert plan.bundles() == [{"GPU": 4.0, "CPU": 6.0}, {"GPU": 4.0, "CPU": 5.0}]
     assert [plan.server_bundle(server) for server in range(3)] == [0, 0, 1]
+    assert make_plan(config("sglang", sglang, tensor_parallel_size=4), None, []).num_servers == 3
+    assert make_plan(config("sglang", sglang, tensor_parallel_size=4), None, [node("1", 8)]).num_ranks == 8
     wide = {"num_servers": 1, "tensor_parallel_size": 4, "colocated": True}
     assert make_plan(config("sglang", wide), None, [node("1", 8)]).ranks_per_bundle == 4
 

@@ -12,6 +12,7 @@ from apo_megatron.config import ObjectiveConfig, RewardConfig
 from apo_megatron.data.prompts import PromptLoader
 from apo_megatron.errors import CheckpointError, RolloutError
 from apo_megatron.parallel.world import CPUWorld
+from apo_megatron.rollout.draws import Draw
 from apo_megatron.rollout.groups import assign_advantages, group_metrics
 from apo_megatron.rollout.sampler import GroupSampler
 from apo_megatron.types import Completion, Prompt, Sample, SampleGroup
@@ -58,6 +59,8 @@ def test_no_prompt_is_lost_or_drawn_twice(strategy: str) -> None:
         assert (total(run["metrics"], "num_refills") > 0) == cfg.drop_zero_spread
     else:
         assert total(run["metrics"], "staleness") > 20
+    if cfg.partial_rollouts and cfg.oversampling > 1:  # also after steps that were skipped
+        assert total(run["metrics"][20:], "num_samples_carried") > 0
     if strategy == "plain":
         assert run["state"]["sampler"] == {"pending": []}
         assert run["trained"][1] == ["p4", "p5", "p6", "p7"]
@@ -123,6 +126,23 @@ def test_what_was_stopped_comes_first(partial_rollouts: bool) -> None:
     sampler.next_groups(1, SOURCE)
     asked = dict.fromkeys(request.prompt.prompt_id for request in engine.requests[num_requests:])
     assert list(asked) == ["p0", "p1", "p6", "p7", "p8", "p9"]
+
+
+def test_what_was_stopped_before_its_first_token_is_still_one_request() -> None:
+    draw = Draw(0, make_prompts(1)[0], owner=0)
+    tokens, nothing = np.array([7], np.int32), np.empty(0, np.int32)
+
+    def stopped(token_ids: np.ndarray) -> Completion:
+        log_probs = np.zeros(len(token_ids), np.float32)
+        return Completion(token_ids, log_probs, "", "abort", ((3, len(token_ids)),))
+
+    draw.replace_begun([stopped(tokens), stopped(nothing), stopped(tokens), stopped(nothing)])
+    requests = draw.requests(4)
+    assert [(r.num_samples, r.begun is None, r.first) for r in requests] == [
+        (2, True, 0),
+        (1, False, 2),
+        (1, False, 3),
+    ]
 
 
 # --- versions -------------------------------------------------------------------------------------

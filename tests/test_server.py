@@ -143,6 +143,7 @@ def test_killed_and_hung_servers_come_back(pool: Pool) -> None:
     logs = [pool.log_folder / f"server-{index}.log" for index in range(2)]
     old = [processes_of(log) for log in logs]
     assert all(len(processes) >= 4 for processes in old)  # guard, HTTP server, scheduler, detokenizer
+    pool.servers.hold_starts(True)
     main_process(logs[0]).kill()
     for process in old[1]:
         process.suspend()
@@ -150,6 +151,9 @@ def test_killed_and_hung_servers_come_back(pool: Pool) -> None:
     pool.servers.restart("server-1", "no answer for 30 s")
     assert pool.servers.addresses() == []
     assert eventually(lambda: all_gone([*old[0], *old[1]]), 30)
+    time.sleep(2)  # twice the pause before a restart
+    assert not any(processes_of(log) for log in logs)
+    pool.servers.hold_starts(False)
     assert eventually(lambda: len(pool.servers.addresses()) == 2), pool.notes
     assert pool.servers.failure() is None
     for address in pool.servers.addresses():
@@ -226,6 +230,7 @@ def command(model: ModelConfig, tmp_path: Path) -> Iterator[subprocess.Popen[str
         "train": {"run_dir": str(tmp_path / "run"), "num_steps": 100},
         "rollout": {"sglang": {"python": sglang_python(), "servers_file": str(tmp_path / "servers.json")}},
     }
+    config["rollout"]["sglang"] |= {"health_interval": 1.0, "health_timeout": 8.0, "update_timeout": 2.0}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     with (tmp_path / "output").open("w") as output:
         process = subprocess.Popen(
@@ -262,6 +267,11 @@ def test_the_command_survives_a_taken_port_and_leaves_nothing_behind(
 
     processes = processes_of(log)
     assert len(processes) >= 4
+    next(p for p in processes if p.cmdline()[0] == "sglang::scheduler").suspend()
+    assert eventually(lambda: "server-0 is killed: no answer for 10 s" in output(), 60)
+    assert eventually(lambda: all_gone(processes), 10)
+    assert eventually(lambda: len(processes_of(log)) >= 4)
+    processes = processes_of(log)
     os.kill(command.pid, signal.SIGKILL)
     command.wait()
     assert eventually(lambda: all_gone(processes), 10)

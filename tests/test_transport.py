@@ -6,7 +6,8 @@ import io
 import os
 import pickle
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,13 +22,15 @@ from transformers import AutoModelForCausalLM
 
 from apo_megatron.config.rollout import SGLangConfig
 from apo_megatron.errors import ConfigError
+from apo_megatron.rollout.event_loop import EventLoopThread
 from apo_megatron.rollout.server import ServerAddress, ServerPool
 from apo_megatron.rollout.transport import build_transport
 from apo_megatron.rollout.transports.addresses import address_towards, is_here
+from apo_megatron.rollout.transports.delivery import BucketTransport, Delivery
 from apo_megatron.rollout.transports.flat_bucket import FlatBucket, pieces
 from apo_megatron.rollout.transports.pickled import bucket_payload, value
 from apo_megatron.rollout.transports.shared_memory import SharedMemory
-from apo_megatron.rollout.transports.tensors import _handle
+from apo_megatron.rollout.transports.tensors import TensorTransport, _handle, memory_ranks_of
 from tests.distributed import DistributedRun, run_distributed
 from tests.sglang_models import VOCAB_SIZE, other_model, served_model
 from tests.sglang_servers import sglang_servers
@@ -112,6 +115,80 @@ def test_tensors_do_not_reach_gpus_of_others(tmp_path: Path) -> None:
     cfg = SGLangConfig(weight_transport="tensors")
     with pytest.raises(ConfigError, match="weight_transport=tensors with servers on GPUs of their own"):
         build_transport(cfg, parallel, loop, tmp_path, same_machine=True)
+
+
+def test_colocated_servers_get_tensors_wherever_they_run(tmp_path: Path) -> None:
+    parallel: Any = SimpleNamespace(device=torch.device("cuda"), world=1, rank=0, is_main=True)
+    loop: Any = None
+    transport = build_transport(SGLangConfig(colocated=True), parallel, loop, tmp_path, same_machine=False)
+    assert isinstance(transport, TensorTransport)
+    with pytest.raises(ConfigError, match="broadcast with colocated=true.*Set tensors"):
+        cfg = SGLangConfig(colocated=True, weight_transport="broadcast")
+        build_transport(cfg, parallel, loop, tmp_path, same_machine=True)
+
+
+def test_each_rank_of_a_server_maps_memory_of_its_own_gpu() -> None:
+    assert memory_ranks_of(1, 4, range(4, 12)) == (4, 5, 6, 7)
+    assert memory_ranks_of(2, 4, range(4, 12)) == (8, 9, 10, 11)
+    assert memory_ranks_of(0, 1, range(2)) == (0,)
+    assert memory_ranks_of(5, 1, [0, 1]) == (1,)  # on CPUs, more servers than ranks
+    assert memory_ranks_of(0, 2, []) == ()
+
+
+class OneRank(BucketTransport):
+    """Sends nothing."""
+
+    def close(self) -> None: ...
+
+    def _prepare(self, source: Any, delivery: Delivery) -> None: ...
+
+    def _send(self, bucket: FlatBucket, delivery: Delivery, is_last: bool) -> None: ...
+
+    def _finish(self, delivery: Delivery) -> None: ...
+
+
+class BucketsThatAreDropped:
+    """Each must be gone before the next is made."""
+
+    num_made = 0
+
+    def tensor_specs(self) -> list[int]:
+        return [0, 0, 0]
+
+    def buckets(self) -> Iterator[list[tuple[str, Tensor]]]:
+        for _ in range(3):
+            bucket = [("weight", torch.zeros(4))]
+            last = weakref.ref(bucket[0][1])
+            yield bucket
+            del bucket
+            assert last() is None
+            self.num_made += 1
+
+
+def test_one_bucket_is_held_at_a_time() -> None:
+    loop = EventLoopThread()
+    parallel: Any = SimpleNamespace(device=torch.device("cpu"), world=1, rank=0, is_main=True)
+    source: Any = BucketsThatAreDropped()
+    assert OneRank(parallel, loop, 1.0).push(source, [], "label") == {}
+    assert source.num_made == 3
+    loop.close()
+
+
+def test_a_shared_weight_folder_is_cleared_of_this_runs_files_only(tmp_path: Path) -> None:
+    parallel: Any = SimpleNamespace(device=torch.device("cpu"), world=1, rank=0, is_main=True)
+    loop: Any = None
+    cfg = SGLangConfig(weight_transport="disk", weight_folder=str(tmp_path / "shared"))
+    folders = []
+    for run in ("a/run", "b/run", "a/run"):
+        transport: Any = build_transport(cfg, parallel, loop, tmp_path / run / "rollout_weights", False)
+        folders.append(transport._folder)
+        folders[-1].mkdir(parents=True, exist_ok=True)
+        (folders[-1] / "half a model").write_text("")
+        assert all(folder.parent == tmp_path / "shared" for folder in folders)
+        if run == "a/run":
+            build_transport(cfg, parallel, loop, tmp_path / run / "rollout_weights", False)
+            assert not folders[-1].exists()
+    assert folders[0] == folders[2] != folders[1] and folders[1].exists()
 
 
 def test_what_a_killed_process_left_is_removed() -> None:

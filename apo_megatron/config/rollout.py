@@ -42,10 +42,10 @@ class SGLangConfig(Section):
     weight_transport: Literal["auto", "tensors", "broadcast", "disk"] = Field(
         "auto",
         description="How weights travel: shared memory (same machine), a broadcast group, or files; auto = "
-        "tensors for servers that the run starts, else broadcast.",
+        "tensors for servers that the run starts or that are colocated, else broadcast.",
     )
     weight_folder: str | None = Field(
-        None, description="Shared folder of the disk transport; null = run_dir/rollout_weights."
+        None, description="Shared folder of the disk transport, for any number of runs; null = in run_dir."
     )
     max_concurrent_requests: PositiveInt = Field(
         256, description="Requests that one rank has under way at one server."
@@ -61,13 +61,22 @@ class SGLangConfig(Section):
     unavailable_timeout: PositiveFloat = Field(
         900.0, description="Seconds that the run waits while no server at all is usable."
     )
-    max_restarts: NonNegativeInt = Field(10, description="Restarts of one server before the run gives up.")
+    max_restarts: NonNegativeInt = Field(
+        10, description="Restarts of a server, each within 10 minutes of the last, before it is given up."
+    )
 
     @rule
     def servers_come_from_one_place(self) -> str | None:
         """`urls` and `servers_file` exclude each other."""
         if self.urls and self.servers_file is not None:
             return "urls and servers_file are both set: the servers come from one of them, leave one out"
+        return None
+
+    @rule
+    def a_router_is_for_servers_that_run(self) -> str | None:
+        """`router_url` needs `urls` or `servers_file`: the servers behind it."""
+        if self.router_url is not None and not self.urls and self.servers_file is None:
+            return f"router_url={self.router_url} without the servers behind it: list them in urls"
         return None
 
     @rule
@@ -132,6 +141,16 @@ class RolloutConfig(Section):
     )
     bucket_mib: PositiveInt = Field(512, description="Weights travel in buckets of at most so many MiB.")
     sglang: SGLangConfig = SGLangConfig()
+
+    @rule
+    def oversampling_stops_something(self) -> str | None:
+        """`oversampling` > 1 needs `engine` = sglang, or `drop_zero_spread`: the embedded one draws all."""
+        if self.oversampling > 1 and self.engine == "embedded" and not self.drop_zero_spread:
+            return (
+                f"oversampling={self.oversampling:g} with engine=embedded, which is never stopped half-way: "
+                "set sglang, or 1 (or drop_zero_spread=true, which uses what is drawn)"
+            )
+        return None
 
     @rule
     def asynchronous_needs_servers(self) -> str | None:

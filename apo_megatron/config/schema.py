@@ -451,6 +451,13 @@ class EvalConfig(Section):
     output_path: str = Field("evaluation.json", description="Where the result goes (JSON).")
 
     @rule
+    def engine_has_weights_of_its_own(self) -> str | None:
+        """`rollout.engine` must be embedded: nothing here pushes weights into servers."""
+        if self.rollout.engine != "embedded":
+            return f"rollout.engine={self.rollout.engine}: evaluation of a checkpoint runs embedded; set that"
+        return None
+
+    @rule
     def weights_are_those_of_hf_path(self) -> str | None:
         """`model.megatron_path` must be null: convert the checkpoint with apo-megatron-to-hf first."""
         if self.model.megatron_path is not None:

@@ -84,8 +84,9 @@ class RankPlace:
 def make_plan(cfg: RLConfig, num_ranks: int | None, nodes: Sequence[Node]) -> Plan:
     """The plan for ``num_ranks`` trainer ranks on GPUs where the cluster has some, else on CPUs.
 
-    None: every GPU that the servers leave; without GPUs one copy of the model. Raises ConfigError where
-    the layout does not divide the ranks, or servers do not fit beside them.
+    None: every GPU that the servers leave; without GPUs one copy of the model. No nodes: the cluster is not
+    known yet. Raises ConfigError where the layout does not divide the ranks, or servers do not fit beside
+    them.
     """
     parallel, sglang = cfg.parallel, cfg.rollout.sglang
     starts_servers = cfg.rollout.engine == "sglang" and not sglang.urls and sglang.servers_file is None
@@ -96,6 +97,7 @@ def make_plan(cfg: RLConfig, num_ranks: int | None, nodes: Sequence[Node]) -> Pl
     model = tensor * parallel.pipeline_parallel_size * parallel.context_parallel_size
     step = math.lcm(model, per_bundle)
     num_gpus = int(sum(node.total.get("GPU", 0) for node in nodes))
+    is_guess = num_ranks is None and not nodes
     if num_ranks is None:
         left = num_gpus - (0 if colocated else num_servers * per_server)
         num_ranks = max(step, left // step * step) if num_gpus else step
@@ -106,7 +108,7 @@ def make_plan(cfg: RLConfig, num_ranks: int | None, nodes: Sequence[Node]) -> Pl
             f"{parallel.context_parallel_size}"
             + (f", with servers of {per_server} GPUs" if colocated else "")
         )
-    if colocated and num_servers * per_server > num_ranks:
+    if colocated and num_servers * per_server > num_ranks and not is_guess:
         raise ConfigError(
             f"rollout.sglang: num_servers={num_servers} x tensor_parallel_size={per_server} is more than the "
             f"{num_ranks} GPUs of the trainer that colocated=true shares: start fewer servers"

@@ -116,9 +116,13 @@ class RayCluster:
         ray.wait(references, timeout=seconds)
 
     def close(self) -> None:
-        if self._group is not None:
-            remove_placement_group(self._group)
-        ray.shutdown()
+        try:
+            if self._group is not None:
+                remove_placement_group(self._group)
+        except RayError:
+            pass  # the cluster is gone, and the reservation with it
+        finally:
+            ray.shutdown()
 
 
 def connect(address: str | None, num_cpus: int) -> str:
@@ -129,6 +133,11 @@ def connect(address: str | None, num_cpus: int) -> str:
     """
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     named = address or os.environ.get("RAY_ADDRESS")
+    if named and named.startswith("ray://"):
+        raise ConfigError(
+            f"{named} is an address of Ray Client, which ends what it has started when a connection breaks: "
+            "name the HOST:PORT of the cluster's head, or send the launcher there with ray job submit"
+        )
     found = named or _running_here()
     if found is not None and found != LOCAL:
         if _answers(found):

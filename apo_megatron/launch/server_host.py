@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
-import urllib.request
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,18 +49,15 @@ class ServerHost:
         self._model = cfg.model
         self._cfg = cfg.rollout.sglang.model_copy(update={"num_servers": 1, "host": host})
         self._pool: ServerPool | None = None
-        self._notes: list[str] = []
+        self._notes: deque[str] = deque()
 
     def start(self) -> None:
         """Returns when it serves. Raises RolloutError, and ConfigError where it cannot start here."""
-        # Here: they import torch, which takes seconds, and the launcher imports this file.
+        # Here: it imports torch, which takes seconds, and the launcher imports this file.
         from apo_megatron.rollout.server import ServerPool
-        from apo_megatron.rollout.server_command import read_api_key
 
         if self._folder is not None:
             os.chdir(self._folder)
-        key = read_api_key(self._cfg)
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._pool = ServerPool(
             self._cfg,
             self._model,
@@ -71,10 +67,10 @@ class ServerHost:
             note=lambda line: self._notes.append(self._renamed(line)),
         )
         self._pool.start()
-        threading.Thread(target=self._watch, args=(self._pool, headers), daemon=True).start()
+        self._pool.watch_for_hangs()
 
     def state(self) -> ServerState:
-        notes, self._notes = self._notes, []
+        notes = [self._notes.popleft() for _ in range(len(self._notes))]
         url = failure = None
         if self._pool is not None:
             url = next((address.url for address in self._pool.addresses()), None)
@@ -88,18 +84,3 @@ class ServerHost:
 
     def _renamed(self, text: str) -> str:
         return text.replace(_POOL_NAME, self._name)
-
-    def _watch(self, pool: ServerPool, headers: dict[str, str]) -> None:
-        """Restart it when it hangs. Its scheduler answers this request also while the server is paused, but
-        not while weights are received."""
-        patience = self._cfg.health_timeout + self._cfg.update_timeout
-        pause = threading.Event()
-        while not pause.wait(self._cfg.health_interval):
-            for address in pool.addresses():
-                request = urllib.request.Request(f"{address.url}/server_info", headers=headers)
-                try:
-                    urllib.request.urlopen(request, timeout=patience).close()
-                except TimeoutError:
-                    pool.restart(address.name, f"no answer for {patience:g} s")
-                except OSError:
-                    pass  # it has ended, which the pool sees itself, or it answered with an error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from apo_megatron.rollout.engine import RolloutEngine
 from apo_megatron.rollout.event_loop import EventLoopThread
 from apo_megatron.rollout.model_limits import ModelLimits
 from apo_megatron.rollout.server import print_note
+from apo_megatron.rollout.server_command import read_api_key
 from apo_megatron.rollout.server_sources import server_source
 from apo_megatron.rollout.server_watch import Note
 from apo_megatron.rollout.sglang import SGLangEngine
@@ -108,27 +108,29 @@ def _sglang_engine(
     tokenizer = load_tokenizer(model.hf_path)
     check_tokenizer(tokenizer, config.vocab_size, model.hf_path)
     eos_token_ids = frozenset(read_eos_token_ids(model.hf_path, tokenizer))
-    source = None
-    if parallel.is_main:  # servers load their weights while the trainer loads its own
-        on_cpu = parallel.device.type == "cpu"
-        source = server_source(rollout.sglang, model, run_folder / "servers", on_cpu, note)
 
     def decode(token_ids: list[list[int]]) -> list[str]:
         return tokenizer.batch_decode(token_ids, skip_special_tokens=True)
 
+    api_key = read_api_key(rollout.sglang)
     loop = EventLoopThread()
     starts_servers = not rollout.sglang.urls and rollout.sglang.servers_file is None
+    transport = build_transport(
+        rollout.sglang, parallel, loop, run_folder / "rollout_weights", same_machine=starts_servers
+    )
+    source = None
+    if parallel.is_main:  # servers load their weights while the trainer loads its own
+        on_cpu = parallel.device.type == "cpu"
+        source = server_source(rollout.sglang, model, run_folder / "servers", on_cpu, note)
     return SGLangEngine(
         rollout,
         ModelLimits(config.vocab_size, config.max_position_embeddings, eos_token_ids),
         decode,
         parallel,
         loop,
-        build_transport(
-            rollout.sglang, parallel, loop, run_folder / "rollout_weights", same_machine=starts_servers
-        ),
+        transport,
         source,
-        os.environ.get(rollout.sglang.api_key_variable) or None,
+        api_key,
         note,
     )
 

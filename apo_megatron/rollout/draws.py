@@ -39,12 +39,12 @@ class Draw:
         num_new = group_size - len(self.completions)
         new = [SampleRequest(self.prompt, num_new)] if num_new else []
         begun = [c for c in self.completions if c.finish_reason == "abort"]
-        return new + [SampleRequest(self.prompt, 1, completion) for completion in begun]
+        return new + [SampleRequest(self.prompt, 1, c, num_new + i) for i, c in enumerate(begun)]
 
     def replace_begun(self, drawn: Iterable[Completion]) -> None:
         """Take the answers to ``requests``; what was cut before its first token is missing as before."""
         finished = [c for c in self.completions if c.finish_reason != "abort"]
-        self.completions = finished + [c for c in drawn if c.versions]
+        self.completions = finished + [c for c in drawn if len(c.token_ids)]
 
     def is_complete(self, group_size: int) -> bool:
         """Whether all completions are there, none of them cut (known to the owner)."""

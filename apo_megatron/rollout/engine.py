@@ -36,6 +36,7 @@ class SampleRequest:
     prompt: Prompt
     num_samples: int
     begun: Completion | None = None  # finish_reason "abort"; num_samples is then 1
+    first: int = 0  # number of its first sample among those of the prompt that are drawn now
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,8 @@ class _Round:
 class GroupSampler:
     """Draws the groups of one step after the other. Collective: every rank calls every method.
 
-    The state is the same on every rank, but for the samples of groups that are not complete. A step's
-    weights are expected to have the version ``step`` at most.
+    The state is the same on every rank, but for the samples of groups that are not complete. The version of
+    a step's weights is ``step`` at most: a step that has nothing to learn from leaves it as it is.
     """
 
     def __init__(
@@ -94,14 +94,15 @@ class GroupSampler:
         engine fails or answers with samples of other weights, RewardError and DataError where judging does,
         each on every rank.
         """
-        assert self._engine.policy_version <= step, "a version is the number of completed steps"
+        assert self._engine.policy_version <= step, "a step adds one version at most"
         with self._progress.told_to(progress):
             while self._round is not None or (needed := self._num_needed()):
                 if self._round is None:
                     self._begin_round(step, needed)
                 self._finish_round(source)
         chosen = self._choose()
-        self._drop_older(step + 1 - self._cfg.rollout.max_staleness)  # what the next step may not train on
+        # What the next step may not train on: it has the next version, if this one trains.
+        self._drop_older(self._engine.policy_version + 1 - self._cfg.rollout.max_staleness)
         self._count_carried()
         own = [draw.group for draw in chosen if draw.group is not None]
         order = [(d.prompt, d.owner, d.verdict.columns) for d in chosen if d.verdict is not None]

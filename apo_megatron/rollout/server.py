@@ -114,10 +114,26 @@ class ServerPool:
         """Kill this server with all its processes and start it anew, in the background."""
         self._servers[name].restart(reason)
 
+    def hold_starts(self, hold: bool) -> None:
+        """While held, no server is started again; one that is being started is ended."""
+        for server in list(self._servers.values()):
+            server.hold_starts(hold)
+
+    def watch_for_hangs(self) -> None:
+        """From now on restart servers that answer no more. A trainer does this for those that it starts."""
+        for server in self._servers.values():
+            server.watch_for_hangs()
+
     def failure(self) -> str | None:
         """Of a server that is not started again: it used up max_restarts; with its last lines."""
-        failures = [server.failure() for server in list(self._servers.values())]
-        return next((failure for failure in failures if failure is not None), None)
+        return next((failure for failure in self._failures() if failure is not None), None)
+
+    def has_failed(self) -> bool:
+        """Whether none of the servers will be there again."""
+        return all(failure is not None for failure in self._failures())
+
+    def _failures(self) -> list[str | None]:
+        return [server.failure() for server in list(self._servers.values())]
 
     def close(self) -> None:
         """End all servers; returns when their processes are gone. Safe to call again."""
@@ -150,7 +166,7 @@ def keep_running(cfg: RLConfig) -> None:
     """Keep the servers that ``cfg`` describes until SIGTERM or Ctrl-C, with all GPUs of this machine.
 
     Where rollout.sglang.servers_file is set it holds, at any time, those that serve. Raises RolloutError
-    when one of them has used up its restarts.
+    when all of them have used up their restarts.
     """
     sglang = cfg.rollout.sglang
     pool = ServerPool(
@@ -160,17 +176,21 @@ def keep_running(cfg: RLConfig) -> None:
         on_cpu=not torch.cuda.is_available(),
         num_trainer_gpus=0,
     )
-    with pool, StopRequest() as stop:
-        known: list[ServerAddress] = []
-        while stop.received is None:
-            addresses = pool.addresses()
-            if addresses != known:
-                known = addresses
-                _publish(known, sglang.servers_file)
-            failure = pool.failure()
-            if failure is not None:
-                raise RolloutError(failure)
-            time.sleep(LOOK_SECONDS)
+    known: list[ServerAddress] = []
+    _publish(known, sglang.servers_file)  # what stands there is of servers that ran before
+    try:
+        with pool, StopRequest() as stop:
+            pool.watch_for_hangs()
+            while stop.received is None:
+                addresses = pool.addresses()
+                if addresses != known:
+                    known = addresses
+                    _publish(known, sglang.servers_file)
+                if pool.has_failed():
+                    raise RolloutError(str(pool.failure()))
+                time.sleep(LOOK_SECONDS)
+    finally:
+        _publish([], sglang.servers_file)
 
 
 def _publish(addresses: Sequence[ServerAddress], servers_file: str | None) -> None:

@@ -86,9 +86,20 @@ class ServerProcess:
         except http.client.HTTPException:  # something that speaks no HTTP
             return "stranger"
 
-    def _get(self, host: str, path: str) -> tuple[int, bytes]:
+    def hangs(self, host: str, patience: float) -> bool:
+        """Whether it keeps a question waiting for ``patience`` seconds. Its scheduler answers this one also
+        while it is paused, but not while it takes weights."""
+        try:
+            self._get(host, "/server_info", patience)
+        except TimeoutError:
+            return True
+        except (OSError, http.client.HTTPException):  # it has ended, which shows elsewhere
+            pass
+        return False
+
+    def _get(self, host: str, path: str, timeout: float = _PROBE_SECONDS) -> tuple[int, bytes]:
         headers = {} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"}
-        connection = http.client.HTTPConnection(host, self._port, timeout=_PROBE_SECONDS)
+        connection = http.client.HTTPConnection(host, self._port, timeout=timeout)
         try:
             connection.request("GET", path, headers=headers)
             answer = connection.getresponse()

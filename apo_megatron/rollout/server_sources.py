@@ -30,6 +30,10 @@ class ServerSource(Protocol):
         """Server ``name`` hangs: start it anew, if that is this source's to do. Returns at once."""
         ...
 
+    def hold_starts(self, hold: bool) -> None:
+        """The trainer has the GPUs: start no server until it gives them back."""
+        ...
+
     def failure(self) -> str | None:
         """Why servers will not come back, where that is known."""
         ...
@@ -65,6 +69,9 @@ class ListedServers:
     def restart(self, name: str, reason: str) -> None:
         pass
 
+    def hold_starts(self, hold: bool) -> None:
+        pass
+
     def failure(self) -> str | None:
         return None
 
@@ -78,19 +85,23 @@ class FileServers(ListedServers):
     def __init__(self, path: str) -> None:
         super().__init__(())
         self._path = Path(path)
+        self._last: dict[str, str] | None = None
 
     def addresses(self) -> dict[str, str]:
-        """None where the file is not there yet, or empty."""
+        """Empty where the file is not there yet, or has nothing in it."""
         try:
             text = self._path.read_text(encoding="utf-8")
         except FileNotFoundError:
             return {}
         except (OSError, UnicodeDecodeError) as error:
+            if self._last is not None:  # a shared disk that flickers
+                return self._last
             raise RolloutError(f"sglang.servers_file={self._path} cannot be read: {error}") from error
         if not text.strip():
             return {}
         try:
-            return {str(entry["name"]): str(entry["url"]) for entry in json.loads(text)}
+            self._last = {str(entry["name"]): str(entry["url"]) for entry in json.loads(text)}
+            return self._last
         except (ValueError, TypeError, KeyError) as error:
             raise RolloutError(
                 f'sglang.servers_file={self._path}: expected a JSON list of {{"name": ..., "url": ...}}, '
@@ -118,6 +129,9 @@ class StartedServers:
 
     def restart(self, name: str, reason: str) -> None:
         self._pool.restart(name, reason)
+
+    def hold_starts(self, hold: bool) -> None:
+        self._pool.hold_starts(hold)
 
     def failure(self) -> str | None:
         return self._pool.failure()

@@ -21,7 +21,7 @@ NUM_PORTS = 3  # tried at one start
 STATUS_SECONDS = 12.0  # between two status lines of a server that starts
 LOOK_SECONDS = 0.2
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds before a restart; each pause doubles the next one
-HEALTHY_SECONDS = 600.0  # after so long a server counts as sound, and its next pause is the first again
+HEALTHY_SECONDS = 600.0  # after so long a server counts as sound: restarts and pauses begin anew
 
 _STRANGER = "is not what answers on its port"
 _LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -59,12 +59,15 @@ class WatchedServer:
         self._command, self._cfg, self._devices = command, cfg, devices
         self._log_path, self._note = log_path, note
         self._port = hold_port(cfg.host)
-        self._lock = threading.Lock()  # of the three below
+        self._lock = threading.Lock()  # of the four below
         self._address: ServerAddress | None = None
+        self._process: ServerProcess | None = None  # that serves
         self._failure: str | None = None
         self._restart_reason: str | None = None
         self._serves_since = math.inf  # of the process that runs or ran last; the thread's own
         self._closing = threading.Event()
+        self._may_start = threading.Event()
+        self._may_start.set()
         self._settled = threading.Event()  # it serves, or has failed
         self._thread = threading.Thread(target=self._watch, name=f"watch {name}", daemon=True)
         self._thread.start()
@@ -90,6 +93,17 @@ class WatchedServer:
             if self._address is not None:
                 self._address, self._restart_reason = None, reason
 
+    def hold_starts(self, hold: bool) -> None:
+        """See ``ServerPool``."""
+        if hold:
+            self._may_start.clear()
+        else:
+            self._may_start.set()
+
+    def watch_for_hangs(self) -> None:
+        """From now on restart it when it answers no more: for servers that no trainer watches."""
+        threading.Thread(target=self._find_hangs, name=f"ask {self.name}", daemon=True).start()
+
     def request_close(self) -> None:
         """End it, in the background."""
         self._closing.set()
@@ -107,10 +121,22 @@ class WatchedServer:
                 self._fail(f"{self.name}: the thread that watches it ended with an error of ours")
             self._settled.set()
 
+    def _find_hangs(self) -> None:
+        host = _LOOPBACK_OF.get(self._cfg.host, self._cfg.host)
+        patience = self._cfg.health_timeout + self._cfg.update_timeout
+        while not self._closing.wait(self._cfg.health_interval):
+            with self._lock:
+                process = None if self._address is None else self._process
+            if process is not None and process.hangs(host, patience):
+                self.restart(f"no answer for {patience:g} s")
+
     def _keep_serving(self) -> None:
         """Until it is closed, or a failure is noted."""
         pause, num_restarts = FIRST_PAUSE, 0
         while True:
+            while not self._may_start.wait(LOOK_SECONDS):
+                if self._closing.is_set():
+                    return
             try:
                 problem = self._live()
             except (RolloutError, ConfigError, OSError) as error:  # it did not start
@@ -120,12 +146,12 @@ class WatchedServer:
                     return
             if self._closing.is_set():
                 return
+            if time.monotonic() - self._serves_since > HEALTHY_SECONDS:
+                pause, num_restarts = FIRST_PAUSE, 0
             if num_restarts == self._cfg.max_restarts:
                 limit = f"restarted {num_restarts} times (rollout.sglang.max_restarts)"
                 self._fail(f"{self.name} was {limit}. {problem}")
                 return
-            if time.monotonic() - self._serves_since > HEALTHY_SECONDS:
-                pause = FIRST_PAUSE
             num_restarts += 1
             self._note(f"{problem}\nrestart {num_restarts} of {self._cfg.max_restarts} in {pause:g} s")
             if self._closing.wait(pause):
@@ -144,7 +170,7 @@ class WatchedServer:
             self._serves_since = time.monotonic()
             address = ServerAddress(self.name, f"http://{_host_in_url(self._cfg.host)}:{self._port_number()}")
             with self._lock:
-                self._address, self._restart_reason = address, None
+                self._address, self._process, self._restart_reason = address, process, None
             self._note(f"{self.name} serves at {address.url} after {process.seconds:.0f} s")
             self._settled.set()
             while not self._closing.wait(LOOK_SECONDS):
@@ -160,7 +186,7 @@ class WatchedServer:
             return f"{self.name} was closed."
         finally:
             with self._lock:
-                self._address = None
+                self._address = self._process = None
             process.kill()
 
     def _start(self) -> ServerProcess:
@@ -182,7 +208,9 @@ class WatchedServer:
             self._note(f"{self.name}: somebody else took port {self._port_number()}, it tries another one")
             taken, self._port = self._port, hold_port(self._cfg.host)
             taken.close()
-        raise RolloutError(f"{self.name}: {NUM_PORTS} ports in a row were taken by others")
+        raise RolloutError(
+            f"{self.name}: {NUM_PORTS} ports in a row were taken by others. {self._quote(process)}"
+        )
 
     def _wait_until_serving(self, process: ServerProcess) -> str | None:
         """What went wrong, if anything."""
@@ -197,6 +225,8 @@ class WatchedServer:
                 return None
             if answer == "stranger":
                 return _STRANGER
+            if not self._may_start.is_set():
+                return "was ended while it started: the trainer has the GPUs"
             if process.seconds > self._cfg.startup_timeout:
                 return (
                     f"did not serve within {self._cfg.startup_timeout:g} s (rollout.sglang.startup_timeout)"

@@ -104,6 +104,7 @@ class SGLangEngine:
         requests = [SampleRequest(prompt, sampling.num_samples) for prompt in prompts]
         generation = self.start(requests, sampling, progress)
         while not generation.wait(POLL_SECONDS):
+            self._servers.note_waiting()
             self._note_outage()
         return generation.results()
 
@@ -117,6 +118,8 @@ class SGLangEngine:
         worst server) and num_servers."""
         self.policy_version = -1
         self._stop_generations()
+        if self._source is not None and self._is_asleep:
+            self._source.hold_starts(False)
         label = f"{self._run_id}-{version}"
         self._give_up_at = monotonic() + self._cfg.sglang.unavailable_timeout
         outcome = UpdateOutcome({}, {})
@@ -125,6 +128,8 @@ class SGLangEngine:
             while not names:  # in slices: a collective must not outlast the time-out of its group
                 names = self._agree(self._wait_for_servers)
             outcome = self._push(names, source, label, probe)
+            if not outcome.proofs:
+                sleep(self._cfg.sglang.health_interval)
         self.policy_version, self._probe = version, probe
         metrics = {"num_servers": float(len(outcome.proofs))}
         if probe is not None:
@@ -134,6 +139,7 @@ class SGLangEngine:
     def recover(self, source: WeightSource | None) -> bool:
         """See ``RolloutEngine``. Raises RolloutError where no server is usable and none will come back."""
         assert self.policy_version >= 0 and not self._is_asleep, "recover comes after update_weights"
+        self._servers.note_waiting()
         found = all_reduce_max(
             self._look_around(can_update=source is not None) if self._parallel.is_main else 0, self._parallel
         )
@@ -144,6 +150,7 @@ class SGLangEngine:
         assert source is not None
         names = self._agree(lambda: self._loop.run(self._servers.behind()))
         self._push(names, source, self._servers.label, self._probe)
+        self._servers.note_waiting()
         return run_on_main(lambda: self._loop.run(self._servers.serves()), self._parallel)
 
     def sleep(self) -> None:
@@ -153,7 +160,12 @@ class SGLangEngine:
         self._stop_generations()
         names = self._agree(lambda: self._loop.run(self._servers.reachable()))
         self._loop.run(self._servers.stop_watching(names))
+        if self._source is not None:
+            self._source.hold_starts(True)
         problems = self._updater.put_to_sleep([self._servers[name] for name in names])
+        if self._source is not None:  # what is not asleep has memory that the trainer needs
+            for name in {*self._loop.run(self._servers.addresses()), *problems} - ({*names} - {*problems}):
+                self._source.restart(name, "it did not free its memory for the trainer")
         self._loop.run(self._servers.set_updated("", [], problems))
         self._note_problems(problems)
         self._is_asleep = True

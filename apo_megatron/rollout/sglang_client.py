@@ -27,6 +27,7 @@ MAX_SHOWN_BYTES = 300  # of an answer, in an error message
 # From so many repeated prompt tokens on, the server reads a prompt once before the samples are drawn.
 MIN_SHARED_PREFIX_TOKENS = 512
 _NOT_RETRYABLE = (401, 403, 404, 405)
+ASLEEP = "asleep"  # label of a server without the memory for its weights
 
 T = TypeVar("T")
 
@@ -191,15 +192,19 @@ class SGLangClient:
         )
         return self._text_field(info, "weight_version", "/model_info")
 
+    async def set_weight_label(self, label: str) -> None:
+        """Change the label alone, while nothing runs."""
+        await self.post("/update_weight_version", {"new_version": label}, timeout=self._control_timeout)
+
     async def checksum(self) -> str | None:
         """A digest of all weights with the number of the server's ranks; None where it offers none."""
         try:
             answer = await self.post("/weights_checker", {"action": "checksum"}, timeout=self._update_timeout)
+            digest = self._text_field(answer, "per_engine_checksum", "/weights_checker")
         except ServerError as error:
-            if error.status in (400, 404):
-                return None
-            raise
-        digest = self._text_field(answer, "per_engine_checksum", "/weights_checker")
+            if error.is_lost:
+                raise
+            return None
         ranks = answer.get("ranks")
         return f"{digest} ({len(ranks) if isinstance(ranks, list) else 1} ranks)"
 

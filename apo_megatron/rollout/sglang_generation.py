@@ -190,9 +190,10 @@ class _Drawing:
         request, sampling = self._request, self._settings.sampling
         seeds = None
         if self._settings.sends_seeds:
-            # Samples that go on have seeds of their own: those of one prompt may have stopped at one length.
+            # A number in the name, because what one prompt's samples began with may be the same.
             begun = zlib.crc32(self._begun_tokens.tobytes())
-            names = [f"{request.prompt.prompt_id}/{begun}/{i}" for i in range(request.num_samples)]
+            numbers = range(request.first, request.first + request.num_samples)
+            names = [f"{request.prompt.prompt_id}/{begun}/{number}" for number in numbers]
             seeds = tuple(prompt_seed(sampling.seed, name) % 2**63 for name in names)
         return DrawRequest(
             request_id="",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from time import monotonic
 
 from apo_megatron.config.rollout import SGLangConfig
 from apo_megatron.rollout.sglang_answers import DrawnTokens
-from apo_megatron.rollout.sglang_client import DrawRequest, ServerError, SGLangClient
+from apo_megatron.rollout.sglang_client import ASLEEP, DrawRequest, ServerError, SGLangClient
 
 LOST_RETRY_SECONDS = 1.0  # between two looks at a server that does not answer
 SLOW_REFUSAL_SECONDS = 15.0  # a server whose scheduler hangs says so itself, after 20 s
@@ -123,13 +124,15 @@ class Server:
         """One health check."""
         began = monotonic()
         try:
-            await self.client.check_health(self._cfg.health_timeout)
             label = None if self._is_router else await self.client.weight_label()
+            if label != ASLEEP:  # then only an update helps it
+                await self.client.check_health(self._cfg.health_timeout)
         except ServerError as error:
             self.give_up(error.problem)
             patience = min(self._cfg.health_timeout, SLOW_REFUSAL_SECONDS)
             if self._on_hang is not None and monotonic() - began >= patience:
                 self._on_hang(self.name, error.problem)
+                await self._end_pause()
             return
         self.last_sign = monotonic()
         if self.is_lost:
@@ -137,6 +140,11 @@ class Server:
             self._changed()
         if not self._is_router and self.label not in (None, label):
             self.set_outdated(f"it has the weights {label}")
+
+    async def _end_pause(self) -> None:
+        """A trainer that died in an update has left it paused, if it does not hang."""
+        with suppress(ServerError):
+            await self.client.resume()
 
     def _lose(self, problem: str) -> None:
         """It did not answer. A look at it, at once, may say otherwise."""
@@ -159,7 +167,8 @@ class Server:
         while True:
             try:
                 pause = min(LOST_RETRY_SECONDS, interval) if self.is_lost else interval
-                await asyncio.wait_for(self._look_now.wait(), pause)
+                async with asyncio.timeout(pause):  # wait_for would lose a cancellation at the wrong moment
+                    await self._look_now.wait()
             except TimeoutError:
                 pass
             self._look_now.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
 
@@ -14,6 +15,7 @@ from apo_megatron.rollout.sglang_client import DrawRequest, ServerError, SGLangC
 from apo_megatron.rollout.sglang_server import Server
 
 ABORT_SECONDS = 5.0  # for the answer to one abort
+ATTENTION_SECONDS = 10.0  # a trainer that waits says so more often
 
 
 class ServerSet:
@@ -41,6 +43,7 @@ class ServerSet:
         self._balancer = Balancer()
         self._waiting: dict[asyncio.Future[None], str | None] = {}  # in order; the server to avoid
         self._unusable_since: float | None = monotonic()
+        self._waited_for_since = self._waited_for_at = -math.inf  # monotonic seconds
         self.label = ""  # of the current weights
 
     def __getitem__(self, name: str) -> SGLangClient:
@@ -120,10 +123,20 @@ class ServerSet:
         await asyncio.gather(*(server.look() for server in unknown))
         return [server.name for server in servers if not server.is_lost]
 
+    def note_waiting(self) -> None:
+        """The trainer waits for answers. While it does not, nobody gives weights to a server that has come
+        back, so it counts for nothing that none is usable."""
+        now = monotonic()
+        if now - self._waited_for_at > ATTENTION_SECONDS:
+            self._waited_for_since = now
+        self._waited_for_at = now
+
     def seconds_without_servers(self) -> float:
-        """How long no server was usable; 0 while one is."""
-        since = self._unusable_since
-        return 0.0 if since is None else monotonic() - since
+        """For how long the trainer has waited without a usable server; 0 while there is one."""
+        since, now = self._unusable_since, monotonic()
+        if since is None or now - self._waited_for_at > ATTENTION_SECONDS:
+            return 0.0
+        return now - max(since, self._waited_for_since)
 
     def describe(self) -> str:
         """What is known about each server, for a status line or an error."""
@@ -191,7 +204,8 @@ class ServerSet:
         self._waiting[waiter] = avoid
         patience = self._cfg.unavailable_timeout - self.seconds_without_servers()
         try:
-            await asyncio.wait_for(waiter, max(0.0, patience) + 0.05)
+            async with asyncio.timeout(max(0.0, patience) + 0.05):
+                await waiter
         except TimeoutError:
             pass
         except asyncio.CancelledError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,7 +14,7 @@ from apo_megatron.errors import RolloutError
 from apo_megatron.parallel.world import World
 from apo_megatron.rollout.engine import Probe
 from apo_megatron.rollout.event_loop import EventLoopThread
-from apo_megatron.rollout.sglang_client import ServerError, SGLangClient
+from apo_megatron.rollout.sglang_client import ASLEEP, ServerError, SGLangClient
 from apo_megatron.rollout.waiting import on_every_rank
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Problems = dict[str, str]  # server name -> what went wrong there
+
+MEMORY_TAGS = ("weights", "kv_cache")  # in the order in which they are taken back
+UNFINISHED = "unfinished"  # label of a server that an update has failed at
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ class WeightUpdater:
         self._loop = loop
         self._transport = transport
         self._max_canary_gap = max_canary_gap
-        # Rank 0: server name -> (label of its weights then, tags of the memory that it has released).
-        self._asleep: dict[str, tuple[str, list[str]]] = {}
+        # Rank 0: server name -> tags of the memory that it has released. One that was started anew, or that
+        # another trainer has put to sleep, is known by its label.
+        self._released: dict[str, list[str]] = {}
         self._checksums: dict[str, str] = {}  # of servers with the label ...
         self._label = ""
 
@@ -81,7 +86,7 @@ class WeightUpdater:
         def finish() -> tuple[dict[str, Proof], Problems]:
             proofs, more = self._each(updated, lambda server: self._finish(server, label, probe))
             failed = [server for server in servers if server.name in {**problems, **more}]
-            self._each(failed, lambda server: server.resume())  # paused, it would pass no health check
+            self._each(failed, self._go_on)
             return proofs, more
 
         proofs, more = self._on_main(finish)
@@ -92,24 +97,24 @@ class WeightUpdater:
         """Have servers release their memory. Collective."""
 
         async def sleep(server: SGLangClient) -> None:
-            label = await server.weight_label()
             await server.pause()
             await server.flush_cache()  # refused while anything runs, which must not lose its memory
             await server.release_memory()
-            self._asleep[server.name] = (label, ["weights", "kv_cache"])
+            self._released[server.name] = list(MEMORY_TAGS)
+            await server.set_weight_label(ASLEEP)
 
         return self._on_main(lambda: self._each(servers, sleep)[1])
 
     async def _pause(self, server: SGLangClient) -> None:
         await server.pause()
-        label, _ = self._asleep.get(server.name, ("", []))
-        if label and await server.weight_label() != label:
-            del self._asleep[server.name]  # it was started anew: nothing is released
+        if await server.weight_label() != ASLEEP:
+            self._released.pop(server.name, None)
+        else:
+            self._released.setdefault(server.name, list(MEMORY_TAGS))
         await self._wake(server, "weights")
 
     async def _finish(self, server: SGLangClient, label: str, probe: Probe | None) -> Proof:
         await self._wake(server, "kv_cache")
-        self._asleep.pop(server.name, None)
         await server.flush_cache()
         await server.resume()
         found = await server.weight_label()
@@ -125,11 +130,20 @@ class WeightUpdater:
             canary_gap = float(np.abs(said - np.concatenate(probe.log_probs)).mean())
         return Proof(mean_log_prob, canary_gap, await server.checksum())
 
+    async def _go_on(self, server: SGLangClient) -> None:
+        """After an update that failed: paused, or without its memory, it would pass no health check. It may
+        have the new label already, but is not to be taken for one that is up to date."""
+        for tag in MEMORY_TAGS:
+            await self._wake(server, tag)
+        with suppress(ServerError):  # an old server has no such call
+            await server.set_weight_label(UNFINISHED)
+        await server.resume()
+
     async def _wake(self, server: SGLangClient, tag: str) -> None:
-        _, tags = self._asleep.get(server.name, ("", []))
+        tags = self._released.get(server.name, [])
         if tag in tags:
+            tags.remove(tag)  # whatever comes of it: asking twice ends a server
             await server.resume_memory(tag)
-            tags.remove(tag)
 
     def _require_agreement(self, proofs: dict[str, Proof], label: str, probe: Probe | None) -> None:
         for name, proof in proofs.items():

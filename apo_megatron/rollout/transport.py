@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,14 +42,15 @@ def build_transport(
 ) -> WeightTransport:
     """The transport that ``sglang.weight_transport`` asks for. Collective.
 
-    ``folder`` is where the disk transport writes, unless ``sglang.weight_folder`` says otherwise;
-    ``same_machine`` whether the servers run where ranks do, which decides what "auto" is. Raises ConfigError
-    for a transport that cannot work.
+    ``folder``, in the run's own, is where the disk transport writes, unless ``sglang.weight_folder`` says
+    otherwise; ``same_machine`` whether the servers run where ranks do, which decides what "auto" is. Raises
+    ConfigError for a transport that cannot work.
     """
     name = cfg.weight_transport
     can_share_memory = parallel.device.type == "cpu" or cfg.colocated
     if name == "auto":
-        name = "tensors" if same_machine and can_share_memory else "broadcast"
+        is_near = same_machine or cfg.colocated
+        name = "tensors" if is_near and can_share_memory else "broadcast"
     if name == "tensors":
         if not can_share_memory:
             raise ConfigError(
@@ -57,9 +59,16 @@ def build_transport(
             )
         return TensorTransport(parallel, loop, cfg.update_timeout, cfg.tensor_parallel_size)
     if name == "broadcast":
+        if cfg.colocated and parallel.device.type != "cpu":
+            raise ConfigError(
+                "rollout.sglang.weight_transport=broadcast with colocated=true: a communicator cannot have "
+                "the same GPU twice. Set tensors (or auto)"
+            )
         return BroadcastTransport(parallel, loop, cfg.update_timeout, cfg.tensor_parallel_size)
     if cfg.weight_folder is not None:
-        folder = Path(cfg.weight_folder)
-    elif parallel.is_main:  # the run's own folder: what is there was left by a run that was killed
+        run = folder.absolute().parent
+        digest = hashlib.sha256(str(run).encode()).hexdigest()[:8]
+        folder = Path(cfg.weight_folder, f"{run.name}-{digest}")  # other runs may share the folder
+    if parallel.is_main:  # what is there was left when this run was killed
         shutil.rmtree(folder, ignore_errors=True)
     return DiskTransport(parallel, loop, cfg.update_timeout, folder)

@@ -49,7 +49,7 @@ class _Running:
     length: int  # tokens when it is done
     versions: list[int]  # of each token so far
 
-    def completion(self) -> Completion:
+    def completion(self, policy_version: int) -> Completion:
         done = len(self.versions) == self.length
         found = sorted(set(self.versions))
         return Completion(
@@ -57,7 +57,7 @@ class _Running:
             np.zeros(len(self.versions), np.float32),
             self.prompt.prompt_id,
             "stop" if done else "abort",
-            tuple((version, self.versions.count(version)) for version in found),
+            tuple((version, self.versions.count(version)) for version in found) or ((policy_version, 0),),
         )
 
 
@@ -86,7 +86,8 @@ class ScriptedGeneration:
 
     def results(self) -> list[list[Completion]]:
         assert self.is_stopped or self.num_finished() == len(self.running)
-        return [[one.completion() for one in of_request] for of_request in self.running]
+        version = self._engine.policy_version
+        return [[one.completion(version) for one in of_request] for of_request in self.running]
 
 
 def _uneven(row: int, sample: int) -> int:
@@ -212,7 +213,7 @@ def drive(
                 generation.wait(0)
         if step % 5 != 3:  # else a step with nothing to learn from: no update
             with sampler.settled():
-                engine.update_weights(None, step + 1)
+                engine.update_weights(None, engine.policy_version + 1)
     return {
         "trained": trained,
         "metrics": metrics,

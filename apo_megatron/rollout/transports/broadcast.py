@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class BroadcastTransport(BucketTransport):
         super().__init__(parallel, loop, timeout)
         self._ranks_per_server = ranks_per_server
         self._links: dict[str, _Link] = {}
+        self._owners: dict[str, int] = {}  # the same on every rank
         self._buffers = self._no_buffers()
         self._flying: list[tuple[SGLangClient, Future[None], Future[None]]] = []
 
@@ -59,6 +61,12 @@ class BroadcastTransport(BucketTransport):
         for name in list(self._links):
             self._cut(name)
 
+    def _served(self, servers: Sequence[SGLangClient]) -> Sequence[SGLangClient]:
+        """A server stays with its rank when others come and go: a group is not made again for nothing."""
+        for server in servers:
+            self._owners.setdefault(server.name, len(self._owners) % self._parallel.world)
+        return [server for server in servers if self._owners[server.name] == self._parallel.rank]
+
     def _prepare(self, source: WeightSource, delivery: Delivery) -> None:
         for server in delivery.servers:
             if server.name in self._links and not self._still_linked(server, delivery):
@@ -66,7 +74,11 @@ class BroadcastTransport(BucketTransport):
         joining = []
         for server in delivery.servers:
             if server.name not in self._links:
-                group = self._make_group(server)
+                try:
+                    group = self._make_group(server)
+                except (OSError, RuntimeError) as error:  # no name, no route, no port
+                    delivery.fail(server, f"group with server {server.name}: {error}")
+                    continue
                 body = {
                     "master_address": group.address,
                     "master_port": group.port,

@@ -125,6 +125,7 @@ class BucketTransport(ABC):
             for piece in pieces(bucket, PIECE_BYTES) if self._on_cpu else [bucket]:
                 num_left -= len(piece)
                 self._send(FlatBucket(piece), delivery, is_last=num_left == 0)
+            del bucket, piece  # before the next one is gathered
         self._finish(delivery)
         delivery.end()
         assert num_left == 0

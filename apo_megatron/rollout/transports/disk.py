@@ -50,7 +50,7 @@ class DiskTransport:
         delivery.submit(mine, "/update_weights_from_disk", body).result()
         problems = gather_problems(delivery.problems, self._parallel)
         if previous is not None and previous != current and self._parallel.is_main:
-            shutil.rmtree(previous)
+            shutil.rmtree(previous, ignore_errors=True)  # NFS may keep a file that a server still maps
         return problems
 
     def close(self) -> None:
@@ -82,6 +82,7 @@ class DiskTransport:
                     for name, tensor in bucket:
                         if name in writers:
                             writers[name].write(name, tensor)
+                    del bucket, tensor  # before the next one is gathered
         except OSError as error:
             for _ in buckets:  # the other ranks gather on
                 pass

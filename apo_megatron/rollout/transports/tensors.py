@@ -78,9 +78,7 @@ class TensorTransport(BucketTransport):
         self._routes = {}
         for index, server in enumerate(servers):
             near = tuple(rank for rank, flags in enumerate(here_by_rank) if flags[index])
-            first = _number(server, index) * self._ranks_per_server
-            places = range(first, first + self._ranks_per_server)
-            memory_ranks = tuple(near[place % len(near)] for place in places) if near else ()
+            memory_ranks = memory_ranks_of(_number(server, index), self._ranks_per_server, near)
             owner = memory_ranks[0] if memory_ranks else index % self._parallel.world
             self._routes[server.name] = _Route(owner, memory_ranks)
         return [server for server in servers if self._routes[server.name].owner == self._parallel.rank]
@@ -191,9 +189,21 @@ class TensorTransport(BucketTransport):
             torch.get_device_module(self._parallel.device).ipc_collect()
 
 
+def memory_ranks_of(number: int, ranks_per_server: int, near: Sequence[int]) -> tuple[int, ...]:
+    """The trainer's ranks whose memory the ranks of server ``number`` map; ``near``: those on its machine.
+
+    Colocated servers have the GPUs of the trainer's ranks in order, and see no others: each of their ranks
+    maps memory of the trainer's rank on the same GPU. On CPUs any rank of the machine will do.
+    """
+    if not near:
+        return ()
+    first = number * ranks_per_server
+    places = range(first, first + ranks_per_server)
+    return tuple(place if place in near else near[place % len(near)] for place in places)
+
+
 def _number(server: SGLangClient, position: int) -> int:
-    """Of "server-3": 3. Colocated servers have the trainer's GPUs in this order, and see no others, so each
-    of their ranks must map memory of the trainer's rank on the same GPU."""
+    """Of "server-3": 3."""
     number = server.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else position
 
