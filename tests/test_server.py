@@ -259,8 +259,9 @@ def test_the_command_survives_a_taken_port_and_leaves_nothing_behind(
     with socket.create_server(("127.0.0.1", port)) as stranger:
         stranger.settimeout(0.2)
         assert eventually(lambda: _speak_no_http(stranger) or "somebody else took port" in output())
-    assert eventually(lambda: (tmp_path / "servers.json").exists()), output()
-    (entry,) = json.loads((tmp_path / "servers.json").read_text())
+    servers_file = tmp_path / "servers.json"
+    assert eventually(lambda: servers_file.exists() and servers_file.read_text() != "[]\n"), output()
+    (entry,) = json.loads(servers_file.read_text())
     assert entry["name"] == "server-0" and not entry["url"].endswith(f":{port}")
     assert f'rollout.sglang.urls=["{entry["url"]}"]' in output()
     assert len(generate(ServerAddress(**entry), key=None)["output_ids"]) == 3

@@ -185,6 +185,8 @@ def keep_running(cfg: RLConfig) -> None:
                 addresses = pool.addresses()
                 if addresses != known:
                     known = addresses
+                    urls = [address.url for address in known]
+                    print(f"rollout.sglang.urls={json.dumps(urls)}", flush=True)
                     _publish(known, sglang.servers_file)
                 if pool.has_failed():
                     raise RolloutError(str(pool.failure()))
@@ -194,8 +196,6 @@ def keep_running(cfg: RLConfig) -> None:
 
 
 def _publish(addresses: Sequence[ServerAddress], servers_file: str | None) -> None:
-    urls = [address.url for address in addresses]
-    print(f"rollout.sglang.urls={json.dumps(urls)}", flush=True)
     if servers_file is not None:
         entries = [{"name": address.name, "url": address.url} for address in addresses]
         write_atomically(servers_file, json.dumps(entries, indent=1) + "\n")
