@@ -67,7 +67,7 @@ def test_stale_servers_are_left_out_until_they_are_updated(requests: list[dict[s
         stale = result["stale"]
         assert stale["generate"] == [] and stale["usable"] == 1 and stale["looks"]
         assert stale["recovered"] and stale["after"] == []
-        assert stale["metrics"] == {"num_servers": 1} and stale["left out"] == []
+        assert stale["metrics"] == {"num_servers": 1, "num_servers_unchanged": 1} and stale["left out"] == []
         assert stale["taken in"]
 
 

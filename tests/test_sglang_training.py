@@ -111,6 +111,7 @@ def test_countdown_trains_and_every_update_arrives(base: CountdownBase, transpor
     rows = metrics_of(base, transport)
     assert_agreement(rows, FP32_GAP)
     assert rows[0]["num_servers"] == 2
+    assert not any(row.get("num_servers_unchanged") for row in rows)
     after = looks.checksums()
     assert after[0] == after[1] is not None and after[0] != before[0]
     # The servers have the weights that the last step was drawn with: those after two steps.

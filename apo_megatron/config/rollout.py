@@ -110,7 +110,8 @@ class RolloutConfig(Section):
         (), description="Stop tokens beside the tokenizer's EOS."
     )
     max_batch_size: PositiveInt = Field(
-        1024, description="Sequences decoded together by one rank (embedded engine)."
+        1024,
+        description="Sequences that one rank decodes, or an evaluation draws, at once (embedded engine).",
     )
     drop_zero_spread: bool = Field(
         False, description="Dynamic sampling: replace groups that are all right or all wrong by new prompts."

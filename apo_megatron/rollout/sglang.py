@@ -70,6 +70,7 @@ class SGLangEngine:
         self._generations: list[SGLangGeneration] = []
         self._is_asleep = False
         self._give_up_at = 0.0  # rank 0: monotonic seconds, the end of its patience in update_weights
+        self._has_noted_unchanged = False
         self._failure: str | None = None  # rank 0: why there is no hope
         self._last_note = monotonic()
 
@@ -115,7 +116,7 @@ class SGLangEngine:
     ) -> dict[str, float]:
         """See ``RolloutEngine``. Servers that do not take the weights are left out until ``recover``; where
         none takes them it is tried again until unavailable_timeout. The metrics are canary_gap (of the
-        worst server) and num_servers."""
+        worst server), num_servers, and num_servers_unchanged: those with the checksum of before."""
         self.policy_version = -1
         self._stop_generations()
         if self._source is not None and self._is_asleep:
@@ -131,7 +132,11 @@ class SGLangEngine:
             if not outcome.proofs:
                 sleep(self._cfg.sglang.health_interval)
         self.policy_version, self._probe = version, probe
-        metrics = {"num_servers": float(len(outcome.proofs))}
+        metrics = {
+            "num_servers": float(len(outcome.proofs)),
+            "num_servers_unchanged": float(len(outcome.unchanged)),
+        }
+        self._note_unchanged(outcome.unchanged, version)
         if probe is not None:
             metrics["canary_gap"] = max(proof.canary_gap for proof in outcome.proofs.values())
         return metrics
@@ -261,6 +266,15 @@ class SGLangEngine:
         if self._parallel.is_main:
             for problem in problems.values():
                 self._note(f"left out until it takes the weights: {problem}")
+
+    def _note_unchanged(self, names: Sequence[str], version: int) -> None:
+        if names and self._parallel.is_main and not self._has_noted_unchanged:
+            self._has_noted_unchanged = True
+            self._note(
+                f"after the update to version {version} the weights of {', '.join(names)} have the same "
+                "checksum as before: it changed nothing (a skipped update, a learning rate near 0), or did "
+                "not arrive (said once: see num_servers_unchanged)"
+            )
 
     def _note_outage(self) -> None:
         seconds = self._servers.seconds_without_servers()

@@ -43,6 +43,7 @@ class UpdateOutcome:
 
     proofs: dict[str, Proof]  # of the servers that have the weights now
     problems: Problems  # of those that do not
+    unchanged: tuple[str, ...] = ()  # servers with the checksum that they had under the label before
 
 
 class WeightUpdater:
@@ -68,6 +69,7 @@ class WeightUpdater:
         self._released: dict[str, list[str]] = {}
         self._checksums: dict[str, str] = {}  # of servers with the label ...
         self._label = ""
+        self._previous: dict[str, str] = {}  # checksums of servers under the label before
 
     def update(
         self, servers: Sequence[SGLangClient], source: WeightSource, label: str, probe: Probe | None
@@ -91,7 +93,12 @@ class WeightUpdater:
 
         proofs, more = self._on_main(finish)
         self._require_agreement(proofs, label, probe)
-        return UpdateOutcome(proofs, {**problems, **more})
+        unchanged = tuple(
+            name
+            for name, proof in proofs.items()
+            if proof.checksum and proof.checksum == self._previous.get(name)
+        )
+        return UpdateOutcome(proofs, {**problems, **more}, unchanged)
 
     def put_to_sleep(self, servers: Sequence[SGLangClient]) -> Problems:
         """Have servers release their memory. Collective."""
@@ -157,7 +164,7 @@ class WeightUpdater:
                     "differently (another dtype or model?)"
                 )
         if label != self._label:
-            self._label, self._checksums = label, {}
+            self._label, self._previous, self._checksums = label, self._checksums, {}
         self._checksums |= {name: p.checksum for name, p in proofs.items() if p.checksum is not None}
         by_size: dict[str, dict[str, str]] = {}
         for name, checksum in self._checksums.items():
