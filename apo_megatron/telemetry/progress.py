@@ -119,7 +119,8 @@ class RunDisplay:
             width = len(str(self._total_steps))
             columns = [f"step {step:>{width}}/{self._total_steps}", *_metric_columns(metrics)]
             own_seconds = max(seconds - self._step_evaluation_seconds, 1e-9)
-            tokens = next((self._step_tokens[p] for p in THROUGHPUT_PHASES if self._step_tokens[p]), 0)
+            own_tokens = (self._step_tokens[phase] for phase in THROUGHPUT_PHASES)  # of this rank
+            tokens = metrics.get("response_tokens") or next(filter(None, own_tokens), 0)
             if tokens:
                 columns.append(f"{short_count(tokens / own_seconds)} tokens/s")
             columns += [f"{own_seconds:.2f} s/step", self._run_left_text()]

@@ -11,7 +11,8 @@ Every stage is a command of its own, printed before it runs, so that each can be
     OUT        results.json, table.md, comparison.png           report.py
 
 With several seeds each has its folders under OUT/seed0, OUT/seed1, ...
-With --rollout sglang a real SGLang server, on the CPU, draws the samples (make sglang-cpu installs it).
+With --rollout sglang a real SGLang server, on the CPU, draws the samples (make sglang-cpu installs it), which
+takes five times as long: that server has no fast kernels there.
 
 Run again, it goes on after the last stage that finished with the same command (--fresh: from the start).
 """
@@ -42,7 +43,7 @@ STAMP = "stage.json"  # in the folder of a finished stage: its command and how l
 BASE_OVERRIDE = "evaluation.at_start="
 
 # Seconds of a stage on two cores, until this run has measured its own.
-EXPECTED_SECONDS = {"data": 10.0, "sft": 150.0, "rl": 180.0}
+EXPECTED_SECONDS = {"data": 10.0, "sft": 150.0, "embedded": 180.0, "sglang": 950.0}  # RL by its engine
 
 SGLANG_PYTHON = ".venv-sglang/bin/python"
 SGLANG = (
@@ -158,7 +159,7 @@ def rl_stage(
     command = _torchrun(nproc, "apo_megatron.train", HERE / f"{folder.name}.yaml", overrides)
     return Stage(
         f"{METHODS[folder.name]} (seed {seed})",
-        "rl",
+        rollout,
         folder,
         command,
         (folder / "evaluation_final.json", *((folder / "evaluation_start.json",) if with_base else ())),
@@ -228,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(options.out).resolve()
     several = len(options.seeds) > 1
     folders = {seed: out / f"seed{seed}" if several else out for seed in options.seeds}
-    progress = Progress(["data", "sft", *["rl"] * len(options.methods)] * len(options.seeds))
+    progress = Progress(["data", "sft", *[options.rollout] * len(options.methods)] * len(options.seeds))
     try:
         for seed, folder in folders.items():
             run_seed(folder, seed, options, progress)
