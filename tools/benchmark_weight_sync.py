@@ -296,7 +296,7 @@ def measure(bench: Bench, repetitions: int) -> dict[str, Measurement]:
                 bench.push(name, f"{name}-{repetition}")
             checksums.add(bench.checksum())
         print(f"repetition {repetition}, load {os.getloadavg()[0]:.1f}", flush=True)
-    assert len(checksums) == 1, "the transports bring different weights"
+    assert len(checksums) == 1 and None not in checksums, "the transports bring different weights"
     return found
 
 

@@ -15,6 +15,7 @@ from apo_megatron.errors import RolloutError
 from apo_megatron.parallel.collectives import all_gather_objects
 from apo_megatron.rollout.decoding import decode, plan_chunks
 from apo_megatron.rollout.engine import Probe, Progress, SampleRequest, SamplingParams
+from apo_megatron.rollout.model_limits import ModelLimits
 from apo_megatron.rollout.sampling import prompt_uniforms, sampling_log_probs
 from apo_megatron.rollout.weight_views import weight_views
 from apo_megatron.types import Completion, Prompt
@@ -43,7 +44,10 @@ class EmbeddedEngine:
         self.policy_version = policy_version
         self._model = model.eval().requires_grad_(False)
         self._tokenizer = tokenizer
-        self._eos_token_ids = frozenset(eos_token_ids)
+        config = model.config
+        self._limits = ModelLimits(
+            config.vocab_size, config.max_position_embeddings, frozenset(eos_token_ids)
+        )
         self._max_batch_size = max_batch_size
         self._max_canary_gap = max_canary_gap
 
@@ -117,32 +121,13 @@ class EmbeddedEngine:
         self.policy_version = -1
         self._model.to("meta")
 
-    def _check(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
-        if self.policy_version < 0:
-            raise RolloutError("the rollout engine has no weights: call update_weights before generate")
-        vocab_size = self._model.config.vocab_size
-        outside = [i for i in self._stop_ids(sampling) if not 0 <= i < vocab_size]
-        if outside:
-            raise RolloutError(
-                f"stop tokens {outside} lie outside the model's vocabulary of {vocab_size}: mend "
-                "rollout.stop_token_ids, or eos_token_id in generation_config.json"
-            )
-        limit = self._model.config.max_position_embeddings
-        for prompt in prompts:
-            num_tokens = len(prompt.token_ids)
-            assert num_tokens > 0, f"prompt {prompt.prompt_id} is empty"
-            if num_tokens + sampling.max_new_tokens > limit:
-                raise RolloutError(
-                    f"prompt {prompt.prompt_id!r}: {num_tokens} tokens + max_new_tokens="
-                    f"{sampling.max_new_tokens} exceed the model's max_position_embeddings={limit}: lower "
-                    "rollout.max_new_tokens or data.max_prompt_length"
-                )
-
     def _draw(
         self, requests: Sequence[SampleRequest], sampling: SamplingParams, progress: Progress | None
     ) -> list[list[Completion]]:
         assert all(request.begun is None for request in requests), "the config has a rule for this"
-        self._check([request.prompt for request in requests], sampling)
+        if self.policy_version < 0:
+            raise RolloutError("the rollout engine has no weights: call update_weights before generate")
+        self._limits.check([request.prompt for request in requests], sampling)
         rows_by_size: defaultdict[int, list[int]] = defaultdict(list)
         for row, request in enumerate(requests):
             rows_by_size[request.num_samples].append(row)
@@ -168,9 +153,6 @@ class EmbeddedEngine:
             gaps.append(np.abs(found.cpu().numpy() - expected))
         return float(np.concatenate(gaps).mean())
 
-    def _stop_ids(self, sampling: SamplingParams) -> list[int]:
-        return sorted(self._eos_token_ids | set(sampling.stop_token_ids))
-
     def _complete(self, prompts: list[Prompt], samples: range, sampling: SamplingParams) -> list[Completion]:
         """Completions of one chunk, prompt by prompt."""
         uniforms = np.concatenate(
@@ -181,7 +163,7 @@ class EmbeddedEngine:
                 for p in prompts
             ]
         )
-        stop_ids = self._stop_ids(sampling)
+        stop_ids = self._limits.stop_token_ids(sampling)
         tokens, log_probs, lengths = decode(
             self._model, [p.token_ids for p in prompts], uniforms, sampling, stop_ids
         )

@@ -1,4 +1,4 @@
-"""What a request to a server must keep to. Pure."""
+"""What a request must keep to. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from apo_megatron.types import Prompt
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """Of the model that the servers hold; they know no better: a token that it does not have ends them."""
+    """Of the model that an engine holds. Servers check less: a token that their model lacks ends them."""
 
     vocab_size: int
     max_positions: int
@@ -40,7 +40,7 @@ class ModelLimits:
             if len(wrong):
                 raise RolloutError(
                     f"prompt {prompt.prompt_id!r}: token {wrong[0]} lies outside the model's vocabulary of "
-                    f"{self.vocab_size} and would end the server: the prompts belong to another tokenizer"
+                    f"{self.vocab_size}: the prompts belong to another tokenizer"
                 )
             if num_tokens + sampling.max_new_tokens > self.max_positions:
                 raise RolloutError(
