@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import combinations
+from math import comb
 
 import numpy as np
 import pytest
@@ -67,6 +68,16 @@ def test_one_vote_is_pass_at_1_and_a_large_majority_wins() -> None:
     assert majority_at_k(answers, verdicts(answers, {"wrong"}), [1024])[0] == pytest.approx(1.0, abs=1e-12)
     # Right in all its forms: no vote can go wrong.
     np.testing.assert_allclose(majority_at_k(answers, [True] * 1024, [1, 7, 256, 1024]), 1.0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "m", "k"), [(1024, 500, 511), (1024, 500, 512), (10_000, 4_995, 1_001)])
+def test_two_answers_agree_with_rational_arithmetic(n: int, m: int, k: int) -> None:
+    """Of k samples u are right, hypergeometric: right wins above k / 2, and half of the ties."""
+    answers = ["right"] * m + ["wrong"] * (n - m)
+    ways = [comb(m, u) * comb(n - m, k - u) for u in range(k // 2, k + 1)]
+    won = sum(ways[1:]) + (Fraction(ways[0], 2) if k % 2 == 0 else 0)
+    found = majority_at_k(answers, verdicts(answers, {"right"}), [k])[0]
+    assert found == pytest.approx(float(won / Fraction(comb(n, k))), abs=1e-13)
 
 
 @pytest.mark.parametrize("k", [5, 64, 200])

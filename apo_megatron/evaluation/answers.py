@@ -73,8 +73,7 @@ def _right_wins(groups: np.ndarray, num_samples: int, k: int) -> float:
     if not num_right.any():
         return 0.0
     p = k / (num_samples + 1)  # sums near k are likely, so nothing underflows
-    log_factorials = np.cumsum(np.log(np.maximum(np.arange(num_samples + 1), 1)))
-    total = _binomial(num_samples, p, log_factorials)
+    total = _binomial(num_samples, p)
     # The transform adds up coefficients that lie a period apart: it must reach where sums are impossible.
     period = 1 + int(np.abs(np.flatnonzero(total > _NEGLIGIBLE) - k).max())
     phase = np.exp(-2j * np.pi * np.arange(period // 2 + 1) / period)
@@ -82,7 +81,7 @@ def _right_wins(groups: np.ndarray, num_samples: int, k: int) -> float:
     max_votes = min(k, int(sizes[num_right > 0].max()))
     chance = np.zeros((len(sizes), max_votes + 1))  # [U, v]: that an answer of the group has v votes
     for of_group, m in zip(chance, sizes.tolist(), strict=True):
-        of_group[: m + 1] = _binomial(m, p, log_factorials)[: max_votes + 1]
+        of_group[: m + 1] = _binomial(m, p)[: max_votes + 1]
     below = chance[:, :1] * np.ones_like(phase)  # [U, frequencies]
     wins = np.zeros_like(phase)
     for v in range(1, max_votes + 1):
@@ -95,17 +94,20 @@ def _right_wins(groups: np.ndarray, num_samples: int, k: int) -> float:
                 others = counts - (np.arange(len(sizes)) == r)
                 wins += weight * num_right[r] * at[r] * (factors ** others[:, None]).prod(axis=0)
         below += at
-    silent = _binomial(num_samples - int(sizes @ counts), p, log_factorials)
+    silent = _binomial(num_samples - int(sizes @ counts), p)
     wins *= np.fft.rfft(np.bincount(np.arange(len(silent)) % period, silent, period))
     joint = np.fft.irfft(wins, period)[k % period]  # wins, and the sum is k
     return float(np.clip(joint / total[k], 0.0, 1.0))
 
 
-def _binomial(num: int, p: float, log_factorials: Floats) -> Floats:
-    """[num + 1]: the distribution Bin(num, p), from log_factorials[i] = log i!."""
-    u = np.arange(num + 1)
-    log_ways = log_factorials[num] - log_factorials[u] - log_factorials[num - u]
-    return np.exp(log_ways + u * np.log(p) + (num - u) * np.log1p(-p))
+def _binomial(num: int, p: float) -> Floats:
+    """[num + 1]: the distribution Bin(num, p), from its mode outwards, which keeps rounding relative."""
+    u = np.arange(1, num + 1)
+    ratios = (num + 1 - u) / u * (p / (1 - p))  # P(u) / P(u - 1)
+    mode = int((num + 1) * p)
+    below, above = np.cumprod(1 / ratios[:mode][::-1])[::-1], np.cumprod(ratios[mode:])
+    chances = np.concatenate([below, [1.0], above])
+    return chances / chances.sum()
 
 
 @lru_cache(maxsize=256)
