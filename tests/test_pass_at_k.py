@@ -1,4 +1,4 @@
-"""The unbiased estimator against enumeration, and the bootstrap against what is known in closed form."""
+"""The unbiased estimator against enumeration and rational arithmetic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from apo_megatron.evaluation import pass_at_k
-from apo_megatron.evaluation.pass_at_k import bootstrap_interval, paired_bootstrap_difference
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -25,10 +24,27 @@ def test_equals_the_share_of_subsets_with_a_right_sample(n: int) -> None:
             assert pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-15)
 
 
-def test_large_counts_agree_with_exact_arithmetic() -> None:
-    for n, c, k in [(256, 1, 1), (256, 1, 256), (256, 3, 32), (1024, 7, 512), (10_000, 2, 5_000)]:
-        expected = float(1 - Fraction(comb(n - c, k), comb(n, k)))
-        assert pass_at_k(n, c, k) == pytest.approx(expected, rel=1e-12)
+def exact(n: int, c: int, k: int) -> Fraction:
+    return 1 - Fraction(comb(n - c, k), comb(n, k))
+
+
+@pytest.mark.parametrize("n", range(1, 13))
+def test_equals_rational_arithmetic_for_all_small_counts(n: int) -> None:
+    correct, ks = np.arange(n + 1), np.arange(1, n + 1)
+    curves = pass_at_k(n, correct[:, None], ks)
+    assert isinstance(curves, np.ndarray) and curves.shape == (n + 1, n)
+    expected = [[float(exact(n, c, k)) for k in ks.tolist()] for c in correct.tolist()]
+    np.testing.assert_allclose(curves, expected, atol=4e-16, rtol=0)
+
+
+def test_large_counts_agree_with_rational_arithmetic() -> None:
+    rng = np.random.default_rng(0)
+    correct = np.concatenate([[0, 1, 2, 30, 5_000, 9_999, 10_000], rng.integers(0, 300, 13)])
+    ks = np.concatenate([[1, 2, 5_000, 9_999, 10_000], rng.integers(1, 3_000, 10)])
+    curves = pass_at_k(10_000, correct[:, None], ks)
+    expected = [[float(exact(10_000, c, k)) for k in ks.tolist()] for c in correct.tolist()]
+    np.testing.assert_allclose(curves, expected, atol=1e-12, rtol=0)
+    assert 0.1 < np.mean((curves > 0.01) & (curves < 0.99))  # not only ends
 
 
 def test_ends_are_exact() -> None:
@@ -57,7 +73,7 @@ def test_arrays_broadcast_and_integers_give_a_float() -> None:
         (4, -1, 1, "num_correct"),
         (4, 2, 5, "k must be"),
         (4, 2, 0, "k must be"),
-        (np.array([8, 4]), np.array([1, 1]), 8, "k must be"),
+        (np.array([8, 4]), np.array([1, 1]), 8, r"k must be .*found k=8, num_samples=4 at index \(1,\)"),
         (4, 2.5, 1, "integer"),
     ],
 )
@@ -73,54 +89,12 @@ def test_estimate_is_unbiased() -> None:
     assert np.mean(pass_at_k(16, num_correct, k)) == pytest.approx(1 - (1 - p) ** k, abs=2e-3)
 
 
-def test_bootstrap_interval_is_that_of_the_normal_approximation() -> None:
-    values = np.random.default_rng(1).random(400)
-    low, high = bootstrap_interval(values, num_resamples=4000, seed=3)
-    half_width = 1.96 * values.std() / np.sqrt(400)
-    assert (low, high) == pytest.approx((values.mean() - half_width, values.mean() + half_width), abs=0.003)
-    narrow_low, narrow_high = bootstrap_interval(values, 4000, seed=3, level=0.5)
-    assert low < narrow_low < values.mean() < narrow_high < high
-    assert bootstrap_interval(np.ones(5), 100, seed=0) == (1.0, 1.0)
-
-
-def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(2)
-    covered = 0
-    for trial in range(300):
-        low, high = bootstrap_interval(rng.random(100) < 0.3, num_resamples=400, seed=trial)
-        covered += low <= 0.3 <= high
-    assert 0.90 <= covered / 300 <= 0.98
-
-
-def test_bootstrap_repeats_with_its_seed_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = np.random.default_rng(4).random(50)
-    expected = bootstrap_interval(values, 500, seed=7)
-    assert expected == bootstrap_interval(values, 500, seed=7)
-    assert expected != bootstrap_interval(values, 500, seed=8)
-    monkeypatch.setattr(sys.modules["apo_megatron.evaluation.pass_at_k"], "_CHUNK", 120)
-    assert expected == bootstrap_interval(values, 500, seed=7)
-
-
-def test_paired_difference_ignores_the_spread_between_problems() -> None:
-    rng = np.random.default_rng(5)
-    difficulty = rng.random(200)
-    a, b = difficulty + 0.05 + 0.01 * rng.standard_normal(200), difficulty
-    difference, low, high = paired_bootstrap_difference(a, b, num_resamples=1000, seed=0)
-    assert difference == pytest.approx(0.05, abs=0.003)
-    assert low < difference < high and high - low < 0.005
-    alone_low, alone_high = bootstrap_interval(a, 1000, seed=0)
-    assert alone_high - alone_low > 10 * (high - low)
-
-
-def test_bad_bootstrap_input_is_refused() -> None:
-    with pytest.raises(ValueError, match="non-empty"):
-        bootstrap_interval([], 10, seed=0)
-    with pytest.raises(ValueError, match="num_resamples"):
-        bootstrap_interval([1.0], 0, seed=0)
-    with pytest.raises(ValueError, match="level"):
-        bootstrap_interval([1.0], 10, seed=0, level=95)
-    with pytest.raises(ValueError, match="same problems"):
-        paired_bootstrap_difference([1.0, 0.0], [1.0], 10, seed=0)
+def test_memory_is_bounded_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    correct = np.random.default_rng(3).integers(0, 301, 20)[:, None]
+    ks = np.array([1, 7, 100, 300])
+    expected = pass_at_k(300, correct, ks)
+    monkeypatch.setattr(sys.modules["apo_megatron.evaluation.pass_at_k"], "_CHUNK", 100)  # one factor a time
+    np.testing.assert_allclose(pass_at_k(300, correct, ks), expected, atol=1e-14, rtol=0)
 
 
 def test_importing_the_estimator_is_light() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 
 from apo_megatron.config.schema import EvaluationConfig, RolloutConfig
 from apo_megatron.errors import DataError, RolloutError
-from apo_megatron.evaluation.pass_at_k import bootstrap_interval, pass_at_k
+from apo_megatron.evaluation.bootstrap import bootstrap_interval
+from apo_megatron.evaluation.pass_at_k import pass_at_k
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.rewards.registry import Reward
 from apo_megatron.rollout.engine import RolloutEngine, SampleRequest, SamplingParams
@@ -180,17 +181,16 @@ def _result(
     policy_version: int,
 ) -> PassAtKResult:
     num_correct = np.array([problem.correct for problem in counts])
-    curves = {k: pass_at_k(num_samples, num_correct, k) for k in cfg.ks if k <= num_samples}
+    ks = [k for k in cfg.ks if k <= num_samples]
+    curves = np.asarray(pass_at_k(num_samples, num_correct[:, None], np.array(ks, dtype=np.int64)))  # [P, K]
+    intervals = bootstrap_interval(curves, cfg.bootstrap_samples, cfg.seed).tolist()
     total = len(counts) * num_samples
     return PassAtKResult(
         prompt_ids=tuple(prompt.prompt_id for prompt in prompts),
         num_samples=num_samples,
         num_correct=tuple(num_correct.tolist()),
-        pass_at_k={k: float(np.mean(per_problem)) for k, per_problem in curves.items()},
-        ci95={
-            k: bootstrap_interval(per_problem, cfg.bootstrap_samples, cfg.seed)
-            for k, per_problem in curves.items()
-        },
+        pass_at_k=dict(zip(ks, curves.mean(axis=0).tolist(), strict=True)),
+        ci95={k: (low, high) for k, (low, high) in zip(ks, intervals, strict=True)},
         mean_response_length=sum(problem.tokens for problem in counts) / total,
         truncation_rate=sum(problem.truncated for problem in counts) / total,
         distinct_correct=sum(problem.distinct_correct for problem in counts) / len(counts),

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from apo_megatron.errors import DataError
-from apo_megatron.evaluation.pass_at_k import bootstrap_interval, paired_bootstrap_difference, pass_at_k
+from apo_megatron.evaluation.bootstrap import bootstrap_interval
+from apo_megatron.evaluation.pass_at_k import pass_at_k
 from apo_megatron.telemetry.plots import comparison_picture, read_history
 
 BASE = "base"
@@ -119,7 +120,7 @@ def _summary(runs: Sequence[Counts]) -> dict[str, Any]:
     means = {k: mean_over_seeds(runs, k) for k in ks}
     summary: dict[str, Any] = {
         "pass_at_k": {str(k): float(means[k].mean()) for k in ks},
-        "ci95": {str(k): bootstrap_interval(means[k], BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED) for k in ks},
+        "ci95": {str(k): _bootstrap(means[k]) for k in ks},
         "num_problems": len(runs[0].num_correct),
         "num_samples": runs[0].num_samples,
     }
@@ -131,10 +132,14 @@ def _summary(runs: Sequence[Counts]) -> dict[str, Any]:
 
 
 def _difference(a: Sequence[Counts], b: Sequence[Counts], k: int) -> dict[str, Any]:
-    mean, low, high = paired_bootstrap_difference(
-        mean_over_seeds(a, k), mean_over_seeds(b, k), BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED
-    )
-    return {"difference": mean, "ci95": [low, high]}
+    """Paired: both are resampled with the same problems, which takes out the spread between problems."""
+    differences = mean_over_seeds(a, k) - mean_over_seeds(b, k)
+    return {"difference": float(differences.mean()), "ci95": _bootstrap(differences)}
+
+
+def _bootstrap(per_problem: np.ndarray) -> list[float]:
+    low, high = bootstrap_interval(per_problem, BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED).tolist()
+    return [low, high]
 
 
 def _pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
