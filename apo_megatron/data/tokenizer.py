@@ -50,22 +50,22 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source:
 
 
 def encode_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], path: str | Path, line_numbers: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], places: Sequence[str]
 ) -> list[list[int]]:
     """Token ids of every text, without special tokens, truncation or padding.
 
-    ``texts[i]`` came from line ``line_numbers[i]`` of ``path``: named by the DataError that is raised when
+    ``places[i]`` is where ``texts[i]`` came from (``Row.place``): named by the DataError that is raised when
     it cannot be encoded (a word that a closed vocabulary lacks, a lone surrogate).
     """
     try:
         return _encode(tokenizer, texts)
     except Exception as batch_error:  # the tokenizers library raises nothing narrower
-        for text, line_number in zip(texts, line_numbers, strict=True):
+        for text, place in zip(texts, places, strict=True):
             try:
                 _encode(tokenizer, [text])
             except Exception as error:
                 raise DataError(
-                    f"{path}:{line_number}: the tokenizer cannot encode {text[:80]!r} ({error}): "
+                    f"{place}: the tokenizer cannot encode {text[:80]!r} ({error}): "
                     "mend the text, or take a tokenizer that knows its words"
                 ) from error
         raise batch_error
