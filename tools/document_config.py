@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from apo_megatron.config import EvalConfig, RLConfig, SFTConfig
+from apo_megatron.config.data import PrepareConfig
 from apo_megatron.config.describe import describe_default, describe_type, item_section_of, section_of
 from apo_megatron.config.section import Section
 
@@ -19,6 +20,7 @@ COMMANDS: dict[str, type[Section]] = {
     "apo_megatron.train": RLConfig,
     "apo_megatron.sft": SFTConfig,
     "apo_megatron.evaluate": EvalConfig,
+    "tools.prepare_data": PrepareConfig,
 }
 INTRODUCTION = """\
 <!-- Written by tools/document_config.py (make docs): change apo_megatron/config/schema.py instead. -->

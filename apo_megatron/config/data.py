@@ -29,10 +29,15 @@ class PromptFormat(Section):
     )
 
 
-class DataSource(PromptFormat):
-    """One of several data sets."""
+class PromptDataset(PromptFormat):
+    """A data set of problems."""
 
     path: str = Field(description="JSONL or Parquet file, local directory, or hub id.")
+
+
+class DataSource(PromptDataset):
+    """One of several data sets."""
+
     name: str | None = Field(
         None, description="What its prompt ids begin with; null = the last part of path, without suffix."
     )
@@ -95,3 +100,30 @@ class SupervisedDataConfig(Section):
     response_field: str = Field("response", description="Column with the response text (EOS is added).")
     max_length: PositiveInt = Field(2048, description="Longer examples (tokens) are left out, counted.")
     shuffle: bool = Field(True, description="Shuffle every epoch, from train.seed.")
+
+
+class PrepareConfig(Section):
+    """``python -m tools.prepare_data``."""
+
+    source: PromptDataset
+    against: FrozenList[PromptDataset] = Field(
+        (), description="Evaluation sets: rows that share words in a row with one are removed."
+    )
+    ngram: PositiveInt = Field(13, description="So many words in a row are an overlap.")
+    tokenizer: str | None = Field(
+        None, description="Directory or hub id of the tokenizer that counts for max_prompt_length."
+    )
+    max_prompt_length: PositiveInt | None = Field(
+        None, description="Longer prompts (tokens) are removed; null = none."
+    )
+    output_path: str = Field(description="JSONL file to write.")
+
+    @rule
+    def a_length_needs_a_tokenizer(self) -> str | None:
+        """`tokenizer` and `max_prompt_length` go together."""
+        if (self.tokenizer is None) != (self.max_prompt_length is None):
+            given, lacking = "tokenizer", "max_prompt_length"
+            if self.tokenizer is None:
+                given, lacking = lacking, given
+            return f"{given} without {lacking}: set both, to remove over-long prompts, or neither"
+        return None

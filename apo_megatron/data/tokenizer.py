@@ -12,20 +12,23 @@ from apo_megatron.errors import ConfigError, DataError
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def load_tokenizer(hf_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory (or hub id). Raises ConfigError where there is none."""
+def load_tokenizer(hf_path: str | Path, field: str = "model.hf_path") -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory (or hub id).
+
+    Raises ConfigError, naming ``field``, where there is none.
+    """
     folder = Path(hf_path)
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         # transformers would build an empty tokenizer of the model's type.
         raise ConfigError(
-            f"model.hf_path={hf_path}: no tokenizer found, expected one of {', '.join(TOKENIZER_FILES)}: "
+            f"{field}={hf_path}: no tokenizer found, expected one of {', '.join(TOKENIZER_FILES)}: "
             "copy the tokenizer files of the model into the directory"
         )
     try:
         return AutoTokenizer.from_pretrained(str(hf_path))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"model.hf_path={hf_path}: no tokenizer could be loaded ({error}); expected a directory with "
+            f"{field}={hf_path}: no tokenizer could be loaded ({error}); expected a directory with "
             "tokenizer.json and tokenizer_config.json, or a hub id"
         ) from error
 
