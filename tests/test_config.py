@@ -21,6 +21,7 @@ from apo_megatron.config import (
     dump_config,
     load_config,
 )
+from apo_megatron.config.data import DataSource, PrepareConfig
 from apo_megatron.config.describe import describe_type, section_of
 from apo_megatron.config.section import Section
 from apo_megatron.errors import ConfigError
@@ -695,7 +696,7 @@ def test_a_section_inside_a_section_is_described() -> None:
     assert "\n  rollout.sglang.num_servers=1\n" in help_text
 
 
-@pytest.mark.parametrize("cls", [RLConfig, SFTConfig, EvalConfig])
+@pytest.mark.parametrize("cls", [RLConfig, SFTConfig, EvalConfig, PrepareConfig, DataSource])
 def test_every_field_is_documented_and_has_a_type_in_words(cls: type[BaseModel]) -> None:
     for section in _sections_below(cls):
         assert section.__doc__
