@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -101,6 +102,27 @@ def test_one_reader_gives_the_same_prompts_from_every_form(
     expected = [([n + 4], {"answer": n}) for n in range(5)]
     assert load(file) == load(lines) == load(tmp_path / "folder") == expected
     assert load(tmp_path / "folder", "test") == expected[:1]
+
+
+def test_a_hub_id_is_loaded_by_datasets_and_a_local_name_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def load_dataset(path: str, **options: Any) -> datasets.Dataset:
+        asked.append((path, options))
+        return datasets.Dataset.from_list([{"a": 1}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (row,) = read_source("owner/name", subset="main", split="test")
+    assert asked == [("owner/name", {"name": "main", "split": "test"})]  # and nothing that would run code
+    assert (row.place, row.values) == ("owner/name (main, test): row 1", {"a": 1})
+    monkeypatch.chdir(tmp_path)
+    write_parquet(tmp_path / "owner" / "rows.parquet", [{"a": 2}])
+    (tmp_path / "owner" / "name").write_text('{"a": 3}\n')
+    assert [row.values["a"] for row in read_source("owner/rows.parquet")] == [2]
+    assert [row.values["a"] for row in read_source("owner/name")] == [3]
+    assert len(asked) == 1
 
 
 def test_rows_of_a_directory_are_named_with_their_split(tmp_path: Path) -> None:

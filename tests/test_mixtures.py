@@ -125,6 +125,16 @@ def test_sources_of_a_configuration(folder: Path) -> None:
         prompts.with_ids(["3"])
 
 
+def test_a_new_process_goes_on_where_the_last_one_stopped(folder: Path) -> None:
+    sources = [{"path": str(folder / f"{name}.jsonl"), **FORMAT} for name in ("easy", "hard")]
+    whole = [prompt.prompt_id for prompt in load(folder, {"sources": sources}).prompts.take(40)]
+    first = load(folder, {"sources": sources}).prompts
+    first.take(13)
+    second = load(folder, {"sources": sources}).prompts
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert [prompt.prompt_id for prompt in second.take(27)] == whole[13:]
+
+
 def test_one_path_keeps_its_ids_and_its_state(folder: Path) -> None:
     """Checkpoints of runs with a train_path go on as they did before there were mixtures."""
     prompts = load(folder, {"train_path": str(folder / "easy.jsonl"), **FORMAT}).prompts
