@@ -38,7 +38,7 @@ def evaluate(cfg: EvalConfig) -> PassAtKResult:
     prompts = load_prompts(
         cfg.evaluation.data_path,
         load_tokenizer(cfg.model.hf_path),
-        cfg.prompt_field,
+        cfg.evaluation,
         required_fields=reward.required_fields,
         max_rows=cfg.evaluation.max_problems,
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def make_durable(path: str | Path) -> None:
@@ -15,12 +18,22 @@ def make_durable(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """Write ``text`` beside ``path``, then rename: there is the old content or the new, nothing between."""
+@contextmanager
+def written_aside(path: str | Path) -> Iterator[BinaryIO]:
+    """A file beside ``path`` to write into, which takes its name at the end, or is gone after an error."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # the new name must not outlive, in a power failure, what it names
-    os.replace(aside, path)
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # the new name must not outlive, in a power failure, what it names
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Write ``text`` beside ``path``, then rename: there is the old content or the new, nothing between."""
+    with written_aside(path) as file:
+        file.write(text.encode("utf-8"))

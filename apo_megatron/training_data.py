@@ -9,8 +9,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from apo_megatron.config import RLConfig, SFTConfig
+from apo_megatron.config.data import PromptFormat
 from apo_megatron.data.demonstrations import DemonstrationLoader, load_demonstrations
-from apo_megatron.data.prompts import PromptLoader, load_prompts
+from apo_megatron.data.mixture import MixturePart
+from apo_megatron.data.prompts import PromptLoader, load_prompts, with_source_name
 from apo_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 from apo_megatron.errors import ConfigError, DataError
 from apo_megatron.models.hf_config import read_architecture
@@ -33,24 +35,27 @@ def load_training_data(cfg: RLConfig) -> TrainingData:
     architecture, tokenizer = _read_model_files(cfg.model.hf_path)
     reward = build_reward(cfg.reward)
 
-    def load(path: str, max_rows: int | None = None) -> list[Prompt]:
+    def load(path: str, form: PromptFormat, max_rows: int | None = None) -> list[Prompt]:
         prompts = load_prompts(
-            path,
-            tokenizer,
-            cfg.data.prompt_field,
-            cfg.data.max_prompt_length,
-            reward.required_fields,
-            max_rows,
+            path, tokenizer, form, cfg.data.max_prompt_length, reward.required_fields, max_rows
         )
         _check_prompts(prompts, path, reward, cfg.rollout.max_new_tokens, architecture)
         return prompts
 
+    prompts: list[Prompt] = []
+    mixture: list[MixturePart] = []
+    if cfg.data.train_path is not None:
+        prompts = load(cfg.data.train_path, cfg.data)
+    for source in cfg.data.sources:
+        part = with_source_name(load(source.path, source), source.label)
+        prompts += part
+        mixture.append(MixturePart(source.label, len(part), source.weight))
     held_out_path = cfg.evaluation.data_path
     return TrainingData(
-        prompts=PromptLoader(
-            load(cfg.data.train_path), cfg.data.prompts_per_step, cfg.train.seed, cfg.data.shuffle
+        prompts=PromptLoader(prompts, cfg.data.prompts_per_step, cfg.train.seed, cfg.data.shuffle, mixture),
+        held_out=(
+            [] if held_out_path is None else load(held_out_path, cfg.evaluation, cfg.evaluation.max_problems)
         ),
-        held_out=[] if held_out_path is None else load(held_out_path, cfg.evaluation.max_problems),
         reward=reward,
     )
 

@@ -21,6 +21,7 @@ from apo_megatron.config import (
     dump_config,
     load_config,
 )
+from apo_megatron.config.data import DataSource, PrepareConfig
 from apo_megatron.config.describe import describe_type, section_of
 from apo_megatron.config.section import Section
 from apo_megatron.errors import ConfigError
@@ -171,6 +172,14 @@ def test_a_configuration_is_frozen(file: Path) -> None:
             "rollout: {sglang: [http://host:1]}",
             "run.yaml:4: rollout.sglang: found ['http://host:1'], expected a section with the fields urls, ",
         ),
+        (
+            "evaluation: {fields: {answer: 5}}",
+            "run.yaml:4: evaluation.fields.0.1: found 5, expected mapping of text to text",
+        ),
+        (
+            "evaluation: {fields: [answer]}",
+            "run.yaml:4: evaluation.fields: found ['answer'], expected mapping of text to text",
+        ),
         ("reward:", "run.yaml:4: reward: found null, expected a section with the fields name"),
         ("train: {run_dir: r}", "run.yaml:4: train: given twice, first on line 3: keep one"),
         (
@@ -230,6 +239,26 @@ def test_a_bad_override_is_named(file: Path, override: str, expected: str) -> No
     assert problem(file, [override]).startswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (
+            "path: a, wieght: 2",
+            "run.yaml:4: data.sources.1.wieght: unknown field, did you mean data.sources.1.weight?",
+        ),
+        ("path: a, weight: 0", "run.yaml:4: data.sources.1.weight: found 0, expected number > 0"),
+        ("name: a", "run.yaml:3: data.sources.1.path: missing, expected text (JSONL or"),
+        ("path: a, path: b", "run.yaml:4: data.sources.1.path: given twice, first on line 4"),
+    ],
+)
+def test_a_bad_source_is_named(file: Path, source: str, expected: str) -> None:
+    file.write_text(
+        "model: {hf_path: model}\ndata:\n  sources: [{path: x},\n    {" + source + "}]\n"
+        "train: {run_dir: run, num_steps: 10}\n"
+    )
+    assert problem(file).startswith(expected)
+
+
 def test_an_override_of_a_section_that_is_none_reports_the_section(file: Path) -> None:
     file.write_text(MINIMAL + "reward: 3\n")
     assert problem(file, ["reward.name=countdown"]).startswith(
@@ -240,7 +269,7 @@ def test_an_override_of_a_section_that_is_none_reports_the_section(file: Path) -
 def test_a_missing_field_says_what_it_is(file: Path) -> None:
     file.write_text("model: {hf_path: model}\ntrain: {run_dir: run}\n")
     section, field = problems(file)
-    assert section.startswith("run.yaml: data: missing, expected a section with the fields train_path, ")
+    assert section.startswith("run.yaml: data: missing, expected a section with the fields subset, ")
     assert (
         field == "run.yaml:2: train.num_steps: missing, expected whole number >= 1 (Rollout-and-train steps.)"
     )
@@ -303,6 +332,25 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
         "sequence_parallel_needs_tensor_parallel",
         ["parallel.sequence_parallel=true"],
         ["parallel:", "sequence_parallel=true", "tensor_parallel_size"],
+    ),
+    (RLConfig, "prompts_come_from_one_place", ["data.train_path=null"], ["data:", "neither is given"]),
+    (
+        RLConfig,
+        "prompts_come_from_one_place",
+        ["data.sources=[{path: a}]"],
+        ["data:", "train_path and sources", "both are given"],
+    ),
+    (
+        RLConfig,
+        "sources_have_formats_of_their_own",
+        ["data.train_path=null", "data.sources=[{path: a}]", "data.fields={answer: b}"],
+        ["data:", "fields beside sources"],
+    ),
+    (
+        RLConfig,
+        "source_names_are_different",
+        ["data.train_path=null", "data.sources=[{path: a/x.jsonl}, {path: b, name: x}]"],
+        ["data:", "['x', 'x']"],
     ),
     (
         RLConfig,
@@ -648,7 +696,7 @@ def test_a_section_inside_a_section_is_described() -> None:
     assert "\n  rollout.sglang.num_servers=1\n" in help_text
 
 
-@pytest.mark.parametrize("cls", [RLConfig, SFTConfig, EvalConfig])
+@pytest.mark.parametrize("cls", [RLConfig, SFTConfig, EvalConfig, PrepareConfig, DataSource])
 def test_every_field_is_documented_and_has_a_type_in_words(cls: type[BaseModel]) -> None:
     for section in _sections_below(cls):
         assert section.__doc__
@@ -668,6 +716,9 @@ def test_a_dumped_configuration_loads_equal(file: Path, tmp_path: Path) -> None:
         "optimizer.lr=1e-6",
         "model.hf_path=Modèle",
         "evaluation.ks=[1]",
+        "evaluation.fields={answer: a.b}",
+        "data.train_path=null",
+        "data.sources=[{path: a, weight: 2, fields: {answer: c}}, {path: b}]",
     ]
     cfg = load_config(RLConfig, file, overrides)
     written = tmp_path / "resolved.yaml"

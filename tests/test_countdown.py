@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from apo_megatron.config import RewardConfig, RLConfig, SFTConfig, load_config
+from apo_megatron.config.data import PromptFormat
 from apo_megatron.data.demonstrations import load_demonstrations
 from apo_megatron.data.prompts import load_prompts
 from apo_megatron.data.tokenizer import check_tokenizer, load_tokenizer
@@ -251,7 +252,7 @@ def test_tokenizer_round_trip(prepare: ModuleType, data: Path) -> None:
 def test_loaders_read_what_prepare_writes(data: Path) -> None:
     tokenizer = load_tokenizer(data / "init")
     fields = build_reward(RewardConfig()).required_fields
-    prompts = load_prompts(data / "heldout.jsonl", tokenizer, "prompt", 16, fields)
+    prompts = load_prompts(data / "heldout.jsonl", tokenizer, PromptFormat(), 16, fields)
     assert len(prompts) == SIZES["num_heldout"]
     assert all(len(prompt.token_ids) == 8 for prompt in prompts)
     demonstrations = load_demonstrations(data / "sft.jsonl", tokenizer, "prompt", "response", 16)

@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from apo_megatron.config.data import PromptFormat
 from apo_megatron.data import demonstrations as demonstrations_module
 from apo_megatron.data.demonstrations import DemonstrationLoader, load_demonstrations
 from apo_megatron.data.prompts import PromptLoader, load_prompts
@@ -44,13 +45,13 @@ def test_prompts_keep_order_ids_and_other_columns(tmp_path: Path, tokenizer: Pre
     path.write_bytes(
         b'\xef\xbb\xbf{"prompt": "a b", "n": 5}\n\n{"prompt": "c", "id": "x"}\r\n{"prompt": "d", "id": 7}'
     )
-    prompts = load_prompts(path, tokenizer, "prompt")
+    prompts = load_prompts(path, tokenizer, PromptFormat())
     assert [p.prompt_id for p in prompts] == ["line-1", "x", "7"]
     assert [p.text for p in prompts] == ["a b", "c", "d"]
     assert [p.token_ids.tolist() for p in prompts] == [[2, 3], [4], [5]]
     assert all(p.token_ids.dtype == np.int32 for p in prompts)
     assert prompts[0].fields == {"n": 5}
-    assert [p.prompt_id for p in load_prompts(path, tokenizer, "prompt", max_rows=2)] == ["line-1", "x"]
+    assert [p.prompt_id for p in load_prompts(path, tokenizer, PromptFormat(), max_rows=2)] == ["line-1", "x"]
 
 
 def test_long_prompts_are_left_out_and_counted(
@@ -58,11 +59,11 @@ def test_long_prompts_are_left_out_and_counted(
 ) -> None:
     path = write(tmp_path / "rows.jsonl", [{"prompt": "a " * n} for n in (1, 5, 2, 4, 3)])
     with caplog.at_level(logging.WARNING):
-        prompts = load_prompts(path, tokenizer, "prompt", max_length=3)
+        prompts = load_prompts(path, tokenizer, PromptFormat(), max_length=3)
     assert [len(p.token_ids) for p in prompts] == [1, 2, 3]
     assert "left out 2 of 5 prompts" in caplog.text
     with pytest.raises(DataError, match=r"all 5 prompts.*max_prompt_length=0"):
-        load_prompts(path, tokenizer, "prompt", max_length=0)
+        load_prompts(path, tokenizer, PromptFormat(), max_length=0)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,10 @@ def test_long_prompts_are_left_out_and_counted(
             GOOD + b'{"question": "a"}\n',
             r"rows\.jsonl:2: column 'prompt' is missing, found columns: 'question'",
         ),
-        (GOOD + b'{"prompt": 5, "answer": 1}\n', r"rows\.jsonl:2: column 'prompt' is an integer .*a string"),
+        (
+            GOOD + b'{"prompt": 5, "answer": 1}\n',
+            r"rows\.jsonl:2: column 'prompt' is an integer .*a string or a list",
+        ),
         (GOOD + b'{"prompt": "a"}\n', r"rows\.jsonl:2: column 'answer' is missing"),
         (GOOD + b'{"prompt": "a", "answer": true}\n', r"rows\.jsonl:2: column 'answer' is true or false"),
         (GOOD + b'{"prompt": "a", "answer": null}\n', r"rows\.jsonl:2: column 'answer' is null .*an integer"),
@@ -88,7 +92,7 @@ def test_long_prompts_are_left_out_and_counted(
         (GOOD + b'{"prompt": "a", "answer": 1, "id": 1.5}\n', r"rows\.jsonl:2: column 'id' is 1\.5"),
         (
             b'{"prompt": "a", "answer": 1, "id": 3}\n' * 2,
-            r"rows\.jsonl:2: id '3' was used in line 1 already",
+            r"rows\.jsonl:2: id '3' was used at .*rows\.jsonl:1 already",
         ),
         (b"", r"rows\.jsonl: holds no rows"),
         (b"\n \n", r"rows\.jsonl: holds no rows"),
@@ -100,13 +104,13 @@ def test_bad_rows_are_named(
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
-        load_prompts(path, tokenizer, "prompt", required_fields={"answer": int})
+        load_prompts(path, tokenizer, PromptFormat(), required_fields={"answer": int})
 
 
 def test_missing_file_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(DataError, match=f"{path}: cannot be read .*check the path"):
-            load_prompts(path, tokenizer, "prompt")
+        with pytest.raises(DataError, match=rf"{path}( \(train\))?: cannot be read .*check the path"):
+            load_prompts(path, tokenizer, PromptFormat())
         with pytest.raises(DataError, match=f"{path}: cannot be read"):
             load_demonstrations(path, tokenizer, "prompt", "response", 9)
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from apo_megatron.config import EvalConfig, RLConfig, SFTConfig
-from apo_megatron.config.describe import describe_type, describe_value, section_of
+from apo_megatron.config.data import PrepareConfig
+from apo_megatron.config.describe import describe_default, describe_type, item_section_of, section_of
 from apo_megatron.config.section import Section
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -19,6 +20,7 @@ COMMANDS: dict[str, type[Section]] = {
     "apo_megatron.train": RLConfig,
     "apo_megatron.sft": SFTConfig,
     "apo_megatron.evaluate": EvalConfig,
+    "tools.prepare_data": PrepareConfig,
 }
 INTRODUCTION = """\
 <!-- Written by tools/document_config.py (make docs): change apo_megatron/config/schema.py instead. -->
@@ -87,6 +89,9 @@ def _sections_below(config: type[Section], prefix: str = "") -> Iterator[tuple[s
         if section is not None and issubclass(section, Section):
             yield f"{prefix}{name}", section
             yield from _sections_below(section, f"{prefix}{name}.")
+        item = item_section_of(info)
+        if item is not None and issubclass(item, Section):
+            yield f"{prefix}{name}[]", item
 
 
 def _table(section: type[Section]) -> Iterator[str]:
@@ -96,8 +101,7 @@ def _table(section: type[Section]) -> Iterator[str]:
     yield "| Field | Type | Default | Meaning |"
     yield "|---|---|---|---|"
     for name, info in fields.items():
-        default = info.default if isinstance(info.default, str) else describe_value(info.default)
-        default = "**required**" if info.is_required() else f"`{default}`"
+        default = "**required**" if info.is_required() else f"`{describe_default(info)}`"
         meaning = str(info.description).replace("|", r"\|")  # the table's own sign
         yield f"| `{name}` | {describe_type(info)} | {default} | {meaning} |"
     yield ""

@@ -20,6 +20,19 @@ def section_of(info: FieldInfo) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
+def item_section_of(info: FieldInfo) -> type[BaseModel] | None:
+    """The section class of a field that holds a list of sections, None for any other field."""
+    item = get_args(info.annotation)[0] if get_origin(info.annotation) is tuple else None
+    return item if isinstance(item, type) and issubclass(item, BaseModel) else None
+
+
+def describe_default(info: FieldInfo) -> str:
+    """The default of a plain field as one would write it into YAML, text without quotes."""
+    if _is_mapping(info.annotation):
+        return str(dict(info.default))
+    return info.default if isinstance(info.default, str) else describe_value(info.default)
+
+
 def describe_type(info: FieldInfo) -> str:
     """``whole number >= 1``, ``one of a, b``, ``number > 0 or null``, ``list, each a whole number``."""
     section = section_of(info)
@@ -50,9 +63,18 @@ def _type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin in (Union, types.UnionType):
         choices = [_type_text(p, metadata) for p in parameters if p is not type(None)]
         return " or ".join([*choices, "null"] if type(None) in parameters else choices)
+    if _is_mapping(annotation):
+        return "mapping of text to text"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"section with the fields {', '.join(annotation.model_fields)}"
     if origin is tuple:
         return f"list, each {'' if parameters[0] is str else 'a '}{_type_text(parameters[0])}"
     return " ".join([_TYPE_NAMES[annotation], " and ".join(_bounds(metadata))]).strip()
+
+
+def _is_mapping(annotation: Any) -> bool:
+    """Whether it is that of a ``FrozenMapping``: pairs of text."""
+    return get_origin(annotation) is tuple and get_args(annotation)[0] == tuple[str, str]
 
 
 def _bounds(metadata: Sequence[Any]) -> Iterator[str]:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from apo_megatron.config.describe import describe_type, describe_value, section_of
+from apo_megatron.config.describe import describe_type, describe_value, item_section_of, section_of
 from apo_megatron.config.yaml_source import KeyPath, YamlError, YamlSource, read_yaml
 from apo_megatron.errors import ConfigError
 from apo_megatron.files import write_atomically
@@ -127,12 +127,17 @@ def _explain(
 
 
 def _section_at(cls: type[BaseModel], key: KeyPath) -> type[BaseModel] | None:
-    """The section class at ``key``; None where no section is."""
+    """The section class at ``key``, also in a list of sections (sources.0); None where no section is."""
     section: type[BaseModel] | None = cls
+    item: type[BaseModel] | None = None  # of the list of sections that the last part named
     for part in key:
+        if item is not None and part.isdigit():
+            section, item = item, None
+            continue
         if section is None or part not in section.model_fields:
             return None
-        section = section_of(section.model_fields[part])
+        info = section.model_fields[part]
+        section, item = section_of(info), item_section_of(info)
     return section
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from apo_megatron.config.data import DataConfig, PromptFormat, SupervisedDataConfig
 from apo_megatron.config.rollout import RolloutConfig
 from apo_megatron.config.section import (
     FrozenList,
@@ -85,18 +86,6 @@ class ParallelConfig(Section):
         if self.context_parallel_size != 1:
             return f"context_parallel_size={self.context_parallel_size} is not available yet: set it to 1"
         return None
-
-
-class DataConfig(Section):
-    """Training prompts: JSONL, one object a line."""
-
-    train_path: str = Field(description="JSONL file with one problem a line.")
-    prompt_field: str = Field(
-        "prompt", description="Column with the prompt text, tokenised as it is: no BOS, no chat template."
-    )
-    prompts_per_step: PositiveInt = Field(64, description="Prompts of one step, over all ranks.")
-    max_prompt_length: PositiveInt = Field(1024, description="Longer prompts (tokens) are left out, counted.")
-    shuffle: bool = Field(True, description="Shuffle every epoch, from train.seed.")
 
 
 class RewardConfig(Section):
@@ -253,22 +242,12 @@ class SupervisedTrainConfig(Section):
     max_skipped_updates: PositiveInt = Field(3, description="Non-finite updates in a row that stop the run.")
 
 
-class SupervisedDataConfig(Section):
-    """Demonstrations: JSONL with a prompt and a response column."""
-
-    train_path: str = Field(description="JSONL file with one demonstration a line.")
-    prompt_field: str = Field(
-        "prompt", description="Column with the prompt text, tokenised as it is: no BOS, no chat template."
-    )
-    response_field: str = Field("response", description="Column with the response text (EOS is added).")
-    max_length: PositiveInt = Field(2048, description="Longer examples (tokens) are left out, counted.")
-    shuffle: bool = Field(True, description="Shuffle every epoch, from train.seed.")
-
-
-class EvaluationConfig(Section):
+class EvaluationConfig(PromptFormat):
     """Pass@K on held-out problems."""
 
-    data_path: str | None = Field(None, description="JSONL of held-out problems; null = no evaluation.")
+    data_path: str | None = Field(
+        None, description="Held-out problems: file, directory or hub id; null = no evaluation."
+    )
     max_problems: PositiveInt | None = Field(None, description="Use the first so many problems.")
     num_samples: PositiveInt = Field(256, description="n: samples per problem.")
     ks: FrozenList[PositiveInt] = Field((1, 2, 4, 8, 16, 32, 64, 128, 256), description="K of Pass@K.")
@@ -447,7 +426,6 @@ class EvalConfig(Section):
     evaluation: EvaluationConfig
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
-    prompt_field: str = Field("prompt", description="Column of the problems with the prompt text.")
     output_path: str = Field("evaluation.json", description="Where the result goes (JSON).")
 
     @rule
@@ -471,5 +449,5 @@ class EvalConfig(Section):
     def problems_are_named(self) -> str | None:
         """`evaluation.data_path` is needed: there is nothing else to do."""
         if self.evaluation.data_path is None:
-            return "evaluation.data_path=null: name the JSONL file of held-out problems"
+            return "evaluation.data_path=null: name the held-out problems"
         return None

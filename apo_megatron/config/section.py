@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -21,6 +21,16 @@ def _list_to_tuple(value: Any) -> Any:
 
 # YAML has lists, a frozen section wants tuples.
 FrozenList = Annotated[tuple[_Item, ...], BeforeValidator(_list_to_tuple)]
+
+
+def _mapping_to_pairs(value: Any) -> Any:
+    return tuple(value.items()) if isinstance(value, dict) else value
+
+
+# A mapping of text to text; a frozen section keeps its pairs.
+FrozenMapping = Annotated[
+    tuple[tuple[str, str], ...], BeforeValidator(_mapping_to_pairs), PlainSerializer(dict)
+]
 
 Rule = Callable[[Any], str | None]
 

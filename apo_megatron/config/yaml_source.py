@@ -64,9 +64,13 @@ def read_yaml(text: str) -> YamlSource:
 
 
 def _keys(node: yaml.Node, path: KeyPath, seen: set[int]) -> Iterator[tuple[KeyPath, int]]:
-    if not isinstance(node, yaml.MappingNode) or id(node) in seen:  # seen: an alias may point back
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:  # seen: an alias may point back
         return
     seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            yield from _keys(item, (*path, str(number)), seen)
+        return
     for key, value in node.value:
         if isinstance(key, yaml.ScalarNode):
             yield (*path, key.value), key.start_mark.line + 1

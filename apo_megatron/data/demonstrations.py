@@ -13,7 +13,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from apo_megatron.data.epochs import EpochOrder
-from apo_megatron.data.jsonl import read_rows
+from apo_megatron.data.jsonl import read_jsonl
+from apo_megatron.data.rows import Row
 from apo_megatron.data.tokenizer import encode_texts
 from apo_megatron.errors import DataError
 
@@ -51,18 +52,18 @@ def load_demonstrations(
     Examples of more than ``max_length`` tokens (EOS included) are left out, and their number logged.
     Raises DataError naming file and line for anything that cannot be used.
     """
-    rows = read_rows(path, {prompt_field: str, response_field: str})
+    rows = read_jsonl(path)
     tokens: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
     prompt_lengths: list[np.ndarray] = []
     num_rows = 0
-    for line_numbers, prompts, responses in _chunks(rows, prompt_field, response_field):
-        prompt_ids = encode_texts(tokenizer, prompts, path, line_numbers)
-        response_ids = encode_texts(tokenizer, responses, path, line_numbers)
+    for places, prompts, responses in _chunks(rows, prompt_field, response_field):
+        prompt_ids = encode_texts(tokenizer, prompts, places)
+        response_ids = encode_texts(tokenizer, responses, places)
         prompt_length = np.fromiter(map(len, prompt_ids), dtype=np.int32, count=len(prompt_ids))
         if not prompt_length.all():
-            line_number = line_numbers[int(prompt_length.argmin())]
-            raise DataError(f"{path}:{line_number}: column {prompt_field!r} has no tokens: write a prompt")
+            place = places[int(prompt_length.argmin())]
+            raise DataError(f"{place}: column {prompt_field!r} has no tokens: write a prompt")
 
         eos = [tokenizer.eos_token_id]
         examples = [[*p, *r, *eos] for p, r in zip(prompt_ids, response_ids, strict=True)]
@@ -89,15 +90,15 @@ def load_demonstrations(
 
 
 def _chunks(
-    rows: Iterator[tuple[int, dict[str, Any]]], prompt_field: str, response_field: str
-) -> Iterator[tuple[list[int], list[str], list[str]]]:
-    """Line numbers, prompts and responses of up to ``_ROWS_PER_CHUNK`` rows at a time."""
+    rows: Iterator[Row], prompt_field: str, response_field: str
+) -> Iterator[tuple[list[str], list[str], list[str]]]:
+    """Places, prompts and responses of up to ``_ROWS_PER_CHUNK`` rows at a time."""
     while chunk := [
-        (line_number, row[prompt_field], row[response_field])
-        for line_number, row in islice(rows, _ROWS_PER_CHUNK)
+        (row.place, row.column(prompt_field, str), row.column(response_field, str))
+        for row in islice(rows, _ROWS_PER_CHUNK)
     ]:
-        line_numbers, prompts, responses = (list(column) for column in zip(*chunk, strict=True))
-        yield line_numbers, prompts, responses
+        places, prompts, responses = (list(column) for column in zip(*chunk, strict=True))
+        yield places, prompts, responses
 
 
 class DemonstrationLoader:

@@ -53,6 +53,11 @@ class EpochOrder:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``. Raises CheckpointError where the order would be another one."""
+        if "position" not in state:
+            raise CheckpointError(
+                "the checkpoint's data is a mixture, that of this run is one data set: resume with the same "
+                "data.sources, or start anew with checkpoint.resume=never"
+            )
         for name, current in self.state_dict().items():
             if name != "position" and state[name] != current:
                 raise CheckpointError(

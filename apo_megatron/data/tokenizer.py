@@ -12,20 +12,23 @@ from apo_megatron.errors import ConfigError, DataError
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def load_tokenizer(hf_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory (or hub id). Raises ConfigError where there is none."""
+def load_tokenizer(hf_path: str | Path, field: str = "model.hf_path") -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory (or hub id).
+
+    Raises ConfigError, naming ``field``, where there is none.
+    """
     folder = Path(hf_path)
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         # transformers would build an empty tokenizer of the model's type.
         raise ConfigError(
-            f"model.hf_path={hf_path}: no tokenizer found, expected one of {', '.join(TOKENIZER_FILES)}: "
+            f"{field}={hf_path}: no tokenizer found, expected one of {', '.join(TOKENIZER_FILES)}: "
             "copy the tokenizer files of the model into the directory"
         )
     try:
         return AutoTokenizer.from_pretrained(str(hf_path))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"model.hf_path={hf_path}: no tokenizer could be loaded ({error}); expected a directory with "
+            f"{field}={hf_path}: no tokenizer could be loaded ({error}); expected a directory with "
             "tokenizer.json and tokenizer_config.json, or a hub id"
         ) from error
 
@@ -50,22 +53,22 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source:
 
 
 def encode_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], path: str | Path, line_numbers: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], places: Sequence[str]
 ) -> list[list[int]]:
     """Token ids of every text, without special tokens, truncation or padding.
 
-    ``texts[i]`` came from line ``line_numbers[i]`` of ``path``: named by the DataError that is raised when
+    ``places[i]`` is where ``texts[i]`` came from (``Row.place``): named by the DataError that is raised when
     it cannot be encoded (a word that a closed vocabulary lacks, a lone surrogate).
     """
     try:
         return _encode(tokenizer, texts)
     except Exception as batch_error:  # the tokenizers library raises nothing narrower
-        for text, line_number in zip(texts, line_numbers, strict=True):
+        for text, place in zip(texts, places, strict=True):
             try:
                 _encode(tokenizer, [text])
             except Exception as error:
                 raise DataError(
-                    f"{path}:{line_number}: the tokenizer cannot encode {text[:80]!r} ({error}): "
+                    f"{place}: the tokenizer cannot encode {text[:80]!r} ({error}): "
                     "mend the text, or take a tokenizer that knows its words"
                 ) from error
         raise batch_error

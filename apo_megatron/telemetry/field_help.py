@@ -8,7 +8,7 @@ from textwrap import wrap
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from apo_megatron.config.describe import describe_type, describe_value, section_of
+from apo_megatron.config.describe import describe_default, describe_type, section_of
 
 WIDTH = 100
 
@@ -30,7 +30,7 @@ def _section_lines(section: type[BaseModel], prefix: str) -> Iterator[str]:
 
 
 def _field_lines(name: str, info: FieldInfo) -> Iterator[str]:
-    yield f"  {name}" + ("  (required)" if info.is_required() else f"={describe_value(info.default)}")
+    yield f"  {name}" + ("  (required)" if info.is_required() else f"={describe_default(info)}")
     indent = " " * 8
     text = f"{info.description or ''} [{describe_type(info)}]".strip()
     yield from wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
