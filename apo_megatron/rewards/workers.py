@@ -1,0 +1,194 @@
+"""Worker processes for judging that may hang, crash or eat memory: warm, reused, killed at a deadline.
+
+What runs here is the same whatever the number of workers: a task is a pure function of its arguments, and its
+result is None where the deadline or a crash ended it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import TimeoutError, wait
+from concurrent.futures.process import BrokenProcessPool
+from importlib.machinery import ModuleSpec
+from multiprocessing.context import SpawnContext, SpawnProcess
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pebble import ProcessExpired, ProcessPool
+
+from apo_megatron.errors import RewardError
+
+T = TypeVar("T")
+
+MAX_CHUNK = 16  # tasks that travel together: one message costs about as much as judging an easy answer
+MEMORY_LIMIT = 4 * 2**30  # bytes that tasks of a worker may allocate: beyond them, MemoryError
+START_SECONDS = 120.0  # within which the workers must have started
+RESTART_SECONDS = 10.0  # allowed for every round of tasks on top of its deadline: killed workers are replaced
+_NO_MAIN = ModuleSpec("apo_megatron.__main__", None)  # multiprocessing imports no main module of such a name
+_main_lock = threading.Lock()
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerPool:
+    """``num_workers`` processes that run tasks, each with a deadline of ``timeout`` seconds.
+
+    They start with the first task, import ``preload`` (modules that tasks need), and live until ``close`` or
+    the end of this process, killed or not. They are spawned, so that they share no lock, no device and no
+    communicator with the trainer, and do not import its main module, so that they hold no torch.
+    """
+
+    def __init__(self, num_workers: int, timeout: float, preload: Sequence[str] = ()) -> None:
+        self._num_workers = num_workers
+        self._timeout = timeout
+        self._preload = tuple(preload)
+        self._pool: ProcessPool | None = None
+        self._stop: Callable[[], object] = _nothing
+
+    def map(self, function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -> list[T | None]:
+        """``function(*task)`` for each task, in order; None where it was killed at its deadline or crashed.
+
+        ``function`` is a module's own. It takes at most about ceil(tasks / num_workers) x the deadline: tasks
+        travel in chunks that share one deadline, and those of a chunk that fails are run again, one by one.
+        Raises RewardError where workers cannot be started, or where the function raises.
+        """
+        if not tasks:
+            return []
+        size = min(MAX_CHUNK, math.ceil(len(tasks) / (2 * self._num_workers)))
+        chunks = [range(i, min(i + size, len(tasks))) for i in range(0, len(tasks), size)]
+        results: list[T | None] = [None] * len(tasks)
+        failed = self._run(function, tasks, chunks, results)
+        again = [range(i, i + 1) for chunk in failed if len(chunk) > 1 for i in chunk]
+        self._run(function, tasks, again, results)
+        return results
+
+    def _run(
+        self,
+        function: Callable[..., T],
+        tasks: Sequence[tuple[Any, ...]],
+        chunks: Sequence[range],
+        results: list[T | None],
+    ) -> list[range]:
+        """Fill in the results of ``chunks``; those that failed."""
+        if not chunks:
+            return []
+        pool = self._running_pool()
+        rounds = math.ceil(len(chunks) / self._num_workers)
+        futures = [
+            pool.schedule(
+                _run_chunk,
+                (function, [tasks[i] for i in chunk], self._timeout),
+                timeout=self._timeout,
+            )
+            for chunk in chunks
+        ]
+        _, unfinished = wait(futures, timeout=rounds * (self._timeout + RESTART_SECONDS))
+        if unfinished:  # the pool itself hangs: nothing of it can be trusted to end
+            logger.warning("the reward workers did not keep their deadlines: they are replaced")
+            self.close()
+        failed = []
+        for chunk, future in zip(chunks, futures, strict=True):
+            error = TimeoutError() if future in unfinished else future.exception()
+            if error is None:
+                for i, value in zip(chunk, future.result(), strict=True):
+                    results[i] = value
+            elif isinstance(error, TimeoutError | ProcessExpired | BrokenProcessPool):
+                failed.append(chunk)
+            else:
+                raise RewardError(
+                    f"judging failed in a reward worker: {type(error).__name__}: {error}"
+                ) from error
+        return failed
+
+    def _running_pool(self) -> ProcessPool:
+        if self._pool is not None and self._pool.active:
+            return self._pool
+        self.close()
+        pool = ProcessPool(
+            self._num_workers,
+            initializer=_prepare_worker,
+            initargs=(self._preload,),
+            context=_TorchFreeContext(),
+        )
+        self._pool = pool
+        self._stop = weakref.finalize(self, _stop_pool, pool)  # also at the end of the interpreter
+        first = pool.schedule(os.getpid)
+        try:
+            first.result(timeout=START_SECONDS)
+        except (TimeoutError, ProcessExpired, BrokenProcessPool) as error:
+            self.close()
+            raise RewardError(
+                f"reward workers could not be started within {START_SECONDS:.0f} seconds "
+                f"({type(error).__name__}): see their messages above, and whether math-verify is installed"
+            ) from error
+        return pool
+
+    def close(self) -> None:
+        """End the workers. The next ``map`` starts new ones."""
+        self._stop()
+        self._pool, self._stop = None, _nothing
+
+
+class _TorchFreeProcess(SpawnProcess):
+    """A spawned process that does not import its parent's main module, a trainer with torch and Megatron."""
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:
+        main = sys.modules["__main__"]
+        with _main_lock:
+            spec, main.__spec__ = main.__spec__, _NO_MAIN
+            try:
+                return SpawnProcess._Popen(process_obj)
+            finally:
+                main.__spec__ = spec
+
+
+class _TorchFreeContext(SpawnContext):
+    Process = _TorchFreeProcess
+
+
+def _nothing() -> None:
+    """There is no pool to stop."""
+
+
+def _stop_pool(pool: ProcessPool) -> None:
+    pool.stop()
+    pool.join()
+
+
+def _prepare_worker(preload: Sequence[str]) -> None:
+    """In the worker, before its first task."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends it inside C code, too, where no handler would run
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    for name in preload:
+        importlib.import_module(name)
+    num_pages = int(Path("/proc/self/statm").read_text().split()[0])  # libraries reserve more than they use
+    limit = num_pages * resource.getpagesize() + MEMORY_LIMIT
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this is a worker"
+    parent.join()
+    os._exit(1)
+
+
+def _run_chunk(function: Callable[..., T], chunk: Sequence[tuple[Any, ...]], timeout: float) -> list[T]:
+    # A second deadline, in CPU time, kept by the kernel: for a worker whose trainer is gone.
+    signal.setitimer(signal.ITIMER_PROF, 2 * timeout)
+    try:
+        return [function(*task) for task in chunk]
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
