@@ -17,7 +17,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import TimeoutError, wait
+from concurrent.futures import Future, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from importlib.machinery import ModuleSpec
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -30,7 +30,6 @@ from apo_megatron.errors import RewardError
 
 T = TypeVar("T")
 
-MAX_CHUNK = 16  # tasks that travel together: one message costs about as much as judging an easy answer
 MEMORY_LIMIT = 4 * 2**30  # bytes that tasks of a worker may allocate: beyond them, MemoryError
 START_SECONDS = 120.0  # within which the workers must have started
 RESTART_SECONDS = 10.0  # allowed for every round of tasks on top of its deadline: killed workers are replaced
@@ -58,57 +57,21 @@ class WorkerPool:
     def map(self, function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -> list[T | None]:
         """``function(*task)`` for each task, in order; None where it was killed at its deadline or crashed.
 
-        ``function`` is a module's own. It takes at most about ceil(tasks / num_workers) x the deadline: tasks
-        travel in chunks that share one deadline, and those of a chunk that fails are run again, one by one.
+        ``function`` is a module's own. All takes at most about ceil(tasks / num_workers) x the deadline.
         Raises RewardError where workers cannot be started, or where the function raises.
         """
         if not tasks:
             return []
-        size = min(MAX_CHUNK, math.ceil(len(tasks) / (2 * self._num_workers)))
-        chunks = [range(i, min(i + size, len(tasks))) for i in range(0, len(tasks), size)]
-        results: list[T | None] = [None] * len(tasks)
-        failed = self._run(function, tasks, chunks, results)
-        again = [range(i, i + 1) for chunk in failed if len(chunk) > 1 for i in chunk]
-        self._run(function, tasks, again, results)
-        return results
-
-    def _run(
-        self,
-        function: Callable[..., T],
-        tasks: Sequence[tuple[Any, ...]],
-        chunks: Sequence[range],
-        results: list[T | None],
-    ) -> list[range]:
-        """Fill in the results of ``chunks``; those that failed."""
-        if not chunks:
-            return []
         pool = self._running_pool()
-        rounds = math.ceil(len(chunks) / self._num_workers)
         futures = [
-            pool.schedule(
-                _run_chunk,
-                (function, [tasks[i] for i in chunk], self._timeout),
-                timeout=self._timeout,
-            )
-            for chunk in chunks
+            pool.schedule(_run_task, (function, task, self._timeout), timeout=self._timeout) for task in tasks
         ]
-        _, unfinished = wait(futures, timeout=rounds * (self._timeout + RESTART_SECONDS))
+        num_rounds = math.ceil(len(tasks) / self._num_workers)
+        _, unfinished = wait(futures, timeout=num_rounds * (self._timeout + RESTART_SECONDS))
         if unfinished:  # the pool itself hangs: nothing of it can be trusted to end
             logger.warning("the reward workers did not keep their deadlines: they are replaced")
             self.close()
-        failed = []
-        for chunk, future in zip(chunks, futures, strict=True):
-            error = TimeoutError() if future in unfinished else future.exception()
-            if error is None:
-                for i, value in zip(chunk, future.result(), strict=True):
-                    results[i] = value
-            elif isinstance(error, TimeoutError | ProcessExpired | BrokenProcessPool):
-                failed.append(chunk)
-            else:
-                raise RewardError(
-                    f"judging failed in a reward worker: {type(error).__name__}: {error}"
-                ) from error
-        return failed
+        return [None if future in unfinished else _result(future) for future in futures]
 
     def _running_pool(self) -> ProcessPool:
         if self._pool is not None and self._pool.active:
@@ -157,6 +120,15 @@ class _TorchFreeContext(SpawnContext):
     Process = _TorchFreeProcess
 
 
+def _result(future: Future[T]) -> T | None:
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, TimeoutError | ProcessExpired | BrokenProcessPool):
+        return None
+    raise RewardError(f"judging failed in a reward worker: {type(error).__name__}: {error}") from error
+
+
 def _nothing() -> None:
     """There is no pool to stop."""
 
@@ -185,10 +157,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _run_chunk(function: Callable[..., T], chunk: Sequence[tuple[Any, ...]], timeout: float) -> list[T]:
+def _run_task(function: Callable[..., T], task: tuple[Any, ...], timeout: float) -> T:
     # A second deadline, in CPU time, kept by the kernel: for a worker whose trainer is gone.
     signal.setitimer(signal.ITIMER_PROF, 2 * timeout)
     try:
-        return [function(*task) for task in chunk]
+        return function(*task)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
