@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 import multiprocessing
 import os
 import resource
@@ -32,7 +31,8 @@ T = TypeVar("T")
 
 MEMORY_LIMIT = 4 * 2**30  # bytes that tasks of a worker may allocate: beyond them, MemoryError
 START_SECONDS = 120.0  # within which the workers must have started
-RESTART_SECONDS = 10.0  # allowed for every round of tasks on top of its deadline: killed workers are replaced
+START_ATTEMPTS = 3
+RESTART_SECONDS = 10.0  # on top of a deadline, until a task must have ended: killed workers are replaced
 _NO_MAIN = ModuleSpec("apo_megatron.__main__", None)  # multiprocessing imports no main module of such a name
 _main_lock = threading.Lock()
 
@@ -63,38 +63,50 @@ class WorkerPool:
         if not tasks:
             return []
         pool = self._running_pool()
-        futures = [
-            pool.schedule(_run_task, (function, task, self._timeout), timeout=self._timeout) for task in tasks
-        ]
-        num_rounds = math.ceil(len(tasks) / self._num_workers)
-        _, unfinished = wait(futures, timeout=num_rounds * (self._timeout + RESTART_SECONDS))
-        if unfinished:  # the pool itself hangs: nothing of it can be trusted to end
-            logger.warning("the reward workers did not keep their deadlines: they are replaced")
+        try:
+            futures: list[Future[T]] = [
+                pool.schedule(_run_task, (function, task, self._timeout), timeout=self._timeout)
+                for task in tasks
+            ]
+        except RuntimeError:  # all workers were killed since it started
+            logger.warning("reward workers are lost, %d answers are not judged: replaced", len(tasks))
             self.close()
+            return [None] * len(tasks)
+        unfinished: set[Future[T]] = set(futures)
+        while unfinished:
+            done, unfinished = wait(unfinished, timeout=self._timeout + RESTART_SECONDS)
+            if not done:  # the pool itself hangs: a worker was killed while it held the lock of its pipe
+                logger.warning("reward workers hang, %d answers are not judged: replaced", len(unfinished))
+                self.close()
+                break
         return [None if future in unfinished else _result(future) for future in futures]
 
     def _running_pool(self) -> ProcessPool:
         if self._pool is not None and self._pool.active:
             return self._pool
-        self.close()
-        pool = ProcessPool(
+        for attempt in range(1, START_ATTEMPTS + 1):
+            self.close()
+            self._pool = pool = self._new_pool()
+            self._stop = weakref.finalize(self, _stop_pool, pool)  # also at the end of the interpreter
+            try:
+                pool.schedule(os.getpid).result(timeout=START_SECONDS)
+                return pool
+            except (TimeoutError, ProcessExpired, BrokenProcessPool) as error:
+                self.close()
+                if attempt == START_ATTEMPTS:
+                    raise RewardError(
+                        f"reward workers could not be started ({type(error).__name__}: {error}): see their "
+                        "messages above, and whether math-verify is installed"
+                    ) from error
+        raise AssertionError("the last attempt returns or raises")
+
+    def _new_pool(self) -> ProcessPool:
+        return ProcessPool(
             self._num_workers,
             initializer=_prepare_worker,
             initargs=(self._preload,),
             context=_TorchFreeContext(),
         )
-        self._pool = pool
-        self._stop = weakref.finalize(self, _stop_pool, pool)  # also at the end of the interpreter
-        first = pool.schedule(os.getpid)
-        try:
-            first.result(timeout=START_SECONDS)
-        except (TimeoutError, ProcessExpired, BrokenProcessPool) as error:
-            self.close()
-            raise RewardError(
-                f"reward workers could not be started within {START_SECONDS:.0f} seconds "
-                f"({type(error).__name__}): see their messages above, and whether math-verify is installed"
-            ) from error
-        return pool
 
     def close(self) -> None:
         """End the workers. The next ``map`` starts new ones."""
