@@ -15,6 +15,7 @@ INSTALL_REQUIRES = [
     "tokenizers>=0.23",
     "datasets>=5,<6",
     "math-verify>=0.9,<0.10",
+    "pebble>=5.2,<6",
     "numpy>=2",
     "pydantic>=2.7,<3",
     "pyyaml>=6",

@@ -523,6 +523,13 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
         ["reward.overlong_buffer=8", "rollout.max_new_tokens=8"],
         ["reward.overlong_buffer=8", "rollout.max_new_tokens=8"],
     ),
+    (RLConfig, "format_needs_a_pattern", ["reward.name=format"], ["reward:", "format_pattern=null"]),
+    (
+        RLConfig,
+        "format_needs_a_pattern",
+        ["reward.format_pattern='('"],
+        ["reward:", "format_pattern='('", "unterminated subpattern"],
+    ),
     (
         RLConfig,
         "min_lr_is_not_above_lr",

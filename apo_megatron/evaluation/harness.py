@@ -13,6 +13,7 @@ from apo_megatron.errors import DataError, RolloutError
 from apo_megatron.evaluation.bootstrap import bootstrap_interval
 from apo_megatron.evaluation.pass_at_k import pass_at_k
 from apo_megatron.parallel.state import ParallelContext
+from apo_megatron.rewards.interface import score_batch
 from apo_megatron.rewards.registry import Reward
 from apo_megatron.rollout.engine import RolloutEngine, SampleRequest, SamplingParams
 from apo_megatron.rollout.groups import check_versions
@@ -152,15 +153,14 @@ def _count_all(
     reward: Reward,
     policy_version: int,
 ) -> list[_ProblemCounts]:
-    counts = []
     for prompt, answers in zip(prompts, completions, strict=True):
         check_versions(prompt, answers, policy_version, policy_version)
-        counts.append(_count(prompt, answers, reward))
-    return counts
+    rewards = score_batch(reward, prompts, completions)
+    return [_count(answers, values) for answers, values in zip(completions, rewards, strict=True)]
 
 
-def _count(prompt: Prompt, completions: Sequence[Completion], reward: Reward) -> _ProblemCounts:
-    rewards = np.array(reward.score(prompt, completions), dtype=np.float64)
+def _count(completions: Sequence[Completion], scores: Sequence[float]) -> _ProblemCounts:
+    rewards = np.array(scores, dtype=np.float64)
     assert rewards.shape == (len(completions),), "a reward must judge every completion"
     assert all(completion.finish_reason != "abort" for completion in completions), "nobody stopped them"
     right = rewards >= 1  # False for NaN

@@ -1,4 +1,4 @@
-"""Verifiable rewards: ``registry.py`` says what a reward is, one module per task judges answers."""
+"""Verifiable rewards: ``interface.py`` says what a reward is, ``registry.py`` which there are."""
 
 from apo_megatron.rewards.registry import Reward, build_reward
 

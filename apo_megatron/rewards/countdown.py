@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+from apo_megatron.config.schema import RewardConfig
 from apo_megatron.errors import DataError
 from apo_megatron.types import Completion, Prompt
 
@@ -45,6 +46,9 @@ class CountdownReward:
     """1.0 for a right answer that ended by itself, else 0.0."""
 
     required_fields: Mapping[str, type] = MappingProxyType({"numbers": list, "target": int})
+
+    def __init__(self, cfg: RewardConfig) -> None:
+        """Made as every reward of the registry; there is nothing to set."""
 
     def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[float]:
         """Reward of each completion of one prompt; NaN for one that the engine aborted.

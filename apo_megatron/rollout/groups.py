@@ -10,6 +10,7 @@ import torch
 from apo_megatron.config.schema import RLConfig
 from apo_megatron.errors import RolloutError
 from apo_megatron.objectives.advantages import ADVANTAGE_ESTIMATORS, MIN_SPREAD, AdvantageInputs
+from apo_megatron.rewards.interface import score_batch
 from apo_megatron.rewards.overlong import shaped_rewards
 from apo_megatron.rewards.registry import Reward
 from apo_megatron.rollout.engine import SamplingParams
@@ -39,9 +40,10 @@ def check_versions(prompt: Prompt, completions: Sequence[Completion], oldest: in
 
 def score_groups(groups: Sequence[SampleGroup], reward: Reward) -> None:
     """Fill in the rewards; NaN marks a sample that could not be judged."""
-    for group in groups:
-        rewards = reward.score(group.prompt, [sample.completion for sample in group.samples])
-        for sample, value in zip(group.samples, rewards, strict=True):
+    completions = [[sample.completion for sample in group.samples] for group in groups]
+    rewards = score_batch(reward, [group.prompt for group in groups], completions)
+    for group, values in zip(groups, rewards, strict=True):
+        for sample, value in zip(group.samples, values, strict=True):
             sample.reward = value
 
 
@@ -75,7 +77,7 @@ def group_metrics(groups: Sequence[SampleGroup], cfg: RLConfig) -> dict[str, flo
     judged = [sample.reward for sample in samples if sample.reward == sample.reward]
     lengths = [len(sample.completion.token_ids) for sample in samples]
     mixed = [is_mixed(group) for group in groups]
-    solved = [any(sample.reward == 1.0 for sample in group.samples) for group in groups]
+    solved = [any((sample.reward or 0) >= 1 for sample in group.samples) for group in groups]
     truncated = [sample.completion.finish_reason == "length" for sample in samples]
     metrics = {
         "reward": sum(r for r in judged if r is not None) / max(1, len(judged)),
