@@ -28,7 +28,7 @@ OTHER_LAYOUT = {"dp2": "tp2", "tp2": "pp2"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     model = make_tiny_model(folder / "model", "qwen3")
-    words = [word for word in AutoTokenizer.from_pretrained(model).get_vocab() if word.isalnum()]
+    words = sorted(word for word in AutoTokenizer.from_pretrained(model).get_vocab() if word.isalnum())
     prompts = [{"prompt": " ".join(words[i : i + 2 + i % 3])} for i in range(9)]  # an epoch is 2.25 steps
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     return folder

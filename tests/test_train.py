@@ -47,7 +47,8 @@ def _rl(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("runs")
     model = make_tiny_model(folder / "model", "qwen3")
-    words = [word for word in AutoTokenizer.from_pretrained(model).get_vocab() if word.isalnum()]
+    # Sorted: a vocabulary comes in another order each time.
+    words = sorted(word for word in AutoTokenizer.from_pretrained(model).get_vocab() if word.isalnum())
     prompts = [{"prompt": " ".join(words[i : i + 2 + i % 3])} for i in range(24)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     rows = [{**row, "response": f"{words[3]} {words[5]}"} for row in prompts]
