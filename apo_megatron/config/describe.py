@@ -69,8 +69,6 @@ def _type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return f"section with the fields {', '.join(annotation.model_fields)}"
     if origin is tuple:
         return f"list, each {'' if parameters[0] is str else 'a '}{_type_text(parameters[0])}"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"section with the fields {', '.join(annotation.model_fields)}"
     return " ".join([_TYPE_NAMES[annotation], " and ".join(_bounds(metadata))]).strip()
 
 

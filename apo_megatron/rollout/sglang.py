@@ -169,7 +169,8 @@ class SGLangEngine:
             self._source.hold_starts(True)
         problems = self._updater.put_to_sleep([self._servers[name] for name in names])
         if self._source is not None:  # what is not asleep has memory that the trainer needs
-            for name in {*self._loop.run(self._servers.addresses()), *problems} - ({*names} - {*problems}):
+            asleep = set(names) - problems.keys()
+            for name in self._loop.run(self._servers.addresses()).keys() - asleep:
                 self._source.restart(name, "it did not free its memory for the trainer")
         self._loop.run(self._servers.set_updated("", [], problems))
         self._note_problems(problems)
