@@ -67,6 +67,45 @@ def _prompt_id(row: Row, form: PromptFormat) -> str:
     return str(value)
 
 
+def read_unique_rows(
+    path: str | Path,
+    form: PromptFormat,
+    required_fields: Mapping[str, Any] = MappingProxyType({}),
+    max_rows: int | None = None,
+) -> list[PromptRow]:
+    """The first ``max_rows`` of ``read_prompt_rows`` (None: all); DataError for an id used twice, too."""
+    rows: list[PromptRow] = []
+    place_of_id: dict[str, str] = {}
+    for row in islice(read_prompt_rows(path, form, required_fields), max_rows):
+        if place_of_id.setdefault(row.prompt_id, row.place) != row.place:
+            raise DataError(
+                f"{row.place}: id {row.prompt_id!r} was used at {place_of_id[row.prompt_id]} already: ids "
+                "must be unique, or left out (tools/prepare_data.py removes repeated problems)"
+            )
+        rows.append(row)
+    return rows
+
+
+def encode_rows(
+    rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase, form: PromptFormat
+) -> list[Prompt]:
+    """The tokenised prompt of every row, whatever its length.
+
+    Raises DataError naming row and column for one that cannot be used, and ConfigError for a chat template
+    that the tokenizer does not have.
+    """
+    if form.chat_template:
+        check_chat_template(tokenizer)
+    places = [row.place for row in rows]
+    texts = [prompt_text(row.prompt, form, tokenizer, row.place) for row in rows]
+    prompts = []
+    for row, text, token_ids in zip(rows, texts, encode_texts(tokenizer, texts, places), strict=True):
+        if not token_ids:
+            raise DataError(f"{row.place}: column {form.prompt_field!r} has no tokens: write a prompt")
+        prompts.append(Prompt(row.prompt_id, text, np.array(token_ids, dtype=np.int32), row.fields))
+    return prompts
+
+
 def load_prompts(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -82,27 +121,10 @@ def load_prompts(
     ConfigError for a chat template that the tokenizer does not have.
     """
     if form.chat_template:
-        check_chat_template(tokenizer)
-    rows: list[PromptRow] = []
-    place_of_id: dict[str, str] = {}
-    for row in islice(read_prompt_rows(path, form, required_fields), max_rows):
-        if place_of_id.setdefault(row.prompt_id, row.place) != row.place:
-            raise DataError(
-                f"{row.place}: id {row.prompt_id!r} was used at {place_of_id[row.prompt_id]} already: ids "
-                "must be unique, or left out (tools/prepare_data.py removes repeated problems)"
-            )
-        rows.append(row)
-
-    places = [row.place for row in rows]
-    texts = [prompt_text(row.prompt, form, tokenizer, row.place) for row in rows]
-    prompts = []
-    for row, text, token_ids in zip(rows, texts, encode_texts(tokenizer, texts, places), strict=True):
-        if not token_ids:
-            raise DataError(f"{row.place}: column {form.prompt_field!r} has no tokens: write a prompt")
-        if max_length is None or len(token_ids) <= max_length:
-            prompts.append(Prompt(row.prompt_id, text, np.array(token_ids, dtype=np.int32), row.fields))
-
-    num_left_out = len(rows) - len(prompts)
+        check_chat_template(tokenizer)  # before the rows are read, which may take long
+    every_prompt = encode_rows(read_unique_rows(path, form, required_fields, max_rows), tokenizer, form)
+    prompts = [p for p in every_prompt if max_length is None or len(p.token_ids) <= max_length]
+    num_left_out = len(every_prompt) - len(prompts)
     if not prompts:
         raise DataError(
             f"{path}: all {num_left_out} prompts are longer than max_prompt_length={max_length} tokens: "
@@ -110,7 +132,11 @@ def load_prompts(
         )
     if num_left_out:
         logger.warning(
-            "%s: left out %d of %d prompts, longer than %s tokens", path, num_left_out, len(rows), max_length
+            "%s: left out %d of %d prompts, longer than %s tokens",
+            path,
+            num_left_out,
+            len(every_prompt),
+            max_length,
         )
     return prompts
 

@@ -8,6 +8,11 @@ MAX_TEXT = 20_000  # characters at the end of a completion that are looked at: t
 MAX_TAIL = 1_000  # of these, what is read where nothing is boxed
 
 _BRACE = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\[\\{}]|[{}]")  # a box, an escaped brace, a brace
+_LAST_TOKEN = re.compile(r"\$[^$]{1,200}\$|-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?")  # a formula, a number
+_WRAPPING = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\[,;: !]|,)(?=\d{3}(?!\d))")
+_SMALL_FRACTION = re.compile(r"(?<=\\)[dt]frac")
+_LOOK = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[,;: !]|\\?\$|[\s~]")
 _PERCENT = re.compile(r"\s*\$?\s*\\?%")
 
 
@@ -53,3 +58,24 @@ def final_answer(text: str) -> str:
     parts = dict.fromkeys(content.strip() for _, _, content in found[first:])  # a repeated box is one answer
     answer = " and ".join(f"$\\boxed{{{content}}}$" for content in parts)
     return answer + ("\\%" if percent else "")
+
+
+def plain_answer(text: str) -> str | None:
+    r"""The final answer of a completion as short text, or None: for telling wrong answers apart.
+
+    The contents of the boxes that ``final_answer`` reads; without a box the last formula or number. What
+    changes the look and not the value goes: spaces, dollar signs, sizes of brackets and fractions, text
+    commands, thousands separators. Nothing is calculated: 0.5 and 1/2 stay two answers.
+    """
+    answer = final_answer(text)
+    contents = [content for _, _, content in boxes(answer)]
+    if contents:
+        found = ",".join(contents) + ("%" if answer.endswith("\\%") else "")
+    else:
+        tokens = _LAST_TOKEN.findall(answer)
+        if not tokens:
+            return None
+        found = tokens[-1]
+    found = _WRAPPING.sub(r"\1", _THOUSANDS.sub("", found))
+    found = _LOOK.sub("", _SMALL_FRACTION.sub("frac", found)).replace("\u2212", "-")
+    return found.rstrip(".,;:") or None

@@ -11,9 +11,11 @@ from types import MappingProxyType
 
 from apo_megatron.config.schema import RewardConfig
 from apo_megatron.errors import DataError
+from apo_megatron.rewards.judging import wrong_answer
 from apo_megatron.types import Completion, Prompt
 
 _NUMBER = re.compile("0|[1-9][0-9]{0,8}")  # ASCII digits, no sign, no leading zero, bounded size
+_OPERATOR = re.compile(r"[+*-]")
 _OPERATORS: Mapping[str, Callable[[int, int], int]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -66,6 +68,28 @@ class CountdownReward:
                 verdicts[completion.text] = verify(numbers, target, completion.text)
             rewards.append(float(verdicts[completion.text] and completion.finish_reason == "stop"))
         return rewards
+
+    def answers(
+        self, prompt: Prompt, completions: Sequence[Completion], rewards: Sequence[float]
+    ) -> list[str | None]:
+        """Expressions without white space; None for no text, and where a completion was cut or not judged."""
+        numbers, target = _problem(prompt)
+        return [
+            None
+            if math.isnan(reward) or completion.finish_reason != "stop"
+            else _expression(completion.text, reward >= 1, numbers, target)
+            for completion, reward in zip(completions, rewards, strict=True)
+        ]
+
+
+def _expression(text: str, is_right: bool, numbers: Sequence[int], target: int) -> str | None:
+    expression = "".join(text.split())
+    if is_right:
+        return expression
+    # "4*15-2" is written wrongly; without its spaces "4 * 15 - 2", which is right, is the same text.
+    well_written = _OPERATOR.sub(r" \g<0> ", expression)
+    right = expression if verify(numbers, target, well_written) else None
+    return wrong_answer(expression, right)
 
 
 def _problem(prompt: Prompt) -> tuple[list[int], int]:

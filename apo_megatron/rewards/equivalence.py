@@ -6,6 +6,8 @@ time-out as a wrong answer. The deadline is that of the worker. Inequalities and
 What is done before math-verify reads an answer, because it would read it wrongly:
 
 - the minus sign U+2212 and the en dash become "-"; NUL bytes go;
+- a box that is nothing but a number in e-notation becomes a product: ``4.5e33`` would be 4.5 times Euler's
+  number times 33 (gold answers of Minerva are written so);
 - LaTeX spaces between groups of three digits go: ``1\,234`` is 1234;
 - two words (``\text{east}``, or four letters and more) are compared as text, without regard to case: as
   products of their letters "seat" would be "east".
@@ -25,6 +27,8 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it would warn that i
 _DELIMITER = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[")
 _CHARACTERS = str.maketrans({"\u2212": "-", "\u2013": "-", "\0": None})
 _DIGIT_SPACE = re.compile(r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))")
+# Exponents of up to three digits: larger numbers are no answers, and nobody should write them out.
+_E_NOTATION = re.compile(r"\\boxed\s*\{\s*([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})\s*\}")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm)\s*\{([A-Za-z' -]+)\}")
 _WORDS = re.compile(r"[A-Za-z' -]+")
 _LONG_WORD = re.compile("[A-Za-z]{4}")
@@ -36,8 +40,8 @@ def is_equivalent(gold: str, answer: str) -> bool:
 
     if not answer:
         return False
-    gold, answer = _normalized(gold), _normalized(answer)
     gold = gold if _DELIMITER.search(gold) else f"$\\boxed{{{gold}}}$"
+    gold, answer = _normalized(gold), _normalized(answer)
     gold_words, words = _words(gold), _words(answer)
     if gold_words is not None and words is not None:
         return gold_words == words
@@ -46,7 +50,8 @@ def is_equivalent(gold: str, answer: str) -> bool:
 
 
 def _normalized(text: str) -> str:
-    return _DIGIT_SPACE.sub("", text.translate(_CHARACTERS))
+    text = _DIGIT_SPACE.sub("", text.translate(_CHARACTERS))
+    return _E_NOTATION.sub(r"\\boxed{\1 \\times 10^{\2}}", text)
 
 
 def _words(text: str) -> str | None:

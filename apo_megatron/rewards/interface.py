@@ -35,6 +35,21 @@ class BatchReward(Reward, Protocol):
         ...
 
 
+@runtime_checkable
+class AnswerReward(Reward, Protocol):
+    """A reward that reads a final answer, which majority voting counts."""
+
+    def answers(
+        self, prompt: Prompt, completions: Sequence[Completion], rewards: Sequence[float]
+    ) -> list[str | None]:
+        """The final answer of each completion, given what ``score`` said of them: equal answers, equal text.
+
+        None where there is none, or where the completion was cut or could not be judged. No text is the
+        answer both of a right and of a wrong completion of the prompt. Raises as ``score``.
+        """
+        ...
+
+
 def score_batch(
     reward: Reward, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
 ) -> list[list[float]]:

@@ -9,7 +9,10 @@ from decimal import Decimal
 from apo_megatron.errors import DataError
 from apo_megatron.types import Completion, Prompt
 
+MAX_ANSWER = 200  # characters of a wrong answer that are kept for votes
+
 Judge = Callable[[str], bool | None]  # text -> right, wrong, or None: not judged
+Reader = Callable[[str], str | None]  # text -> its final answer
 
 
 def gold_answer(prompt: Prompt, field: str) -> str:
@@ -47,3 +50,30 @@ def _reward(completion: Completion, judge: Judge) -> float:
         return 0.0
     verdict = None if completion.finish_reason == "abort" else judge(completion.text)
     return math.nan if verdict is None else float(verdict)
+
+
+def voted_answers(
+    completions: Sequence[Completion], rewards: Sequence[float], gold: str, read: Reader
+) -> list[str | None]:
+    """``AnswerReward.answers`` for a reward with one gold answer: every right completion votes for ``gold``.
+
+    A wrong one votes for what ``read`` finds in its text. Where that is ``gold`` (the judge reads more or
+    less than ``read`` does) it becomes another text.
+    """
+    return [
+        _vote(completion, reward, gold, read) for completion, reward in zip(completions, rewards, strict=True)
+    ]
+
+
+def _vote(completion: Completion, reward: float, gold: str, read: Reader) -> str | None:
+    if math.isnan(reward) or completion.finish_reason != "stop":
+        return None
+    return gold if reward >= 1 else wrong_answer(read(completion.text), gold)
+
+
+def wrong_answer(answer: str | None, right: str | None) -> str | None:
+    """``answer``, of bounded length, as a text that differs from ``right``; None where it is blank."""
+    if answer is None or not answer.strip():
+        return None
+    answer = answer[:MAX_ANSWER]
+    return f"{answer} (judged wrong)" if answer == right else answer

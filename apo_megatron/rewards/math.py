@@ -6,9 +6,9 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 from apo_megatron.config.schema import RewardConfig
-from apo_megatron.rewards.answers import final_answer
+from apo_megatron.rewards.answers import final_answer, plain_answer
 from apo_megatron.rewards.equivalence import is_equivalent
-from apo_megatron.rewards.judging import Judge, gold_answer, judged_rewards
+from apo_megatron.rewards.judging import Judge, gold_answer, judged_rewards, voted_answers
 from apo_megatron.rewards.workers import WorkerPool
 from apo_megatron.types import Completion, Prompt
 
@@ -59,6 +59,12 @@ class MathReward:
             return lambda text: verdicts[gold, finals[text]]
 
         return [judged_rewards(row, judge(gold)) for gold, row in zip(golds, completions, strict=True)]
+
+    def answers(
+        self, prompt: Prompt, completions: Sequence[Completion], rewards: Sequence[float]
+    ) -> list[str | None]:
+        """Answers as ``voted_answers`` says, the wrong ones read by ``plain_answer``."""
+        return voted_answers(completions, rewards, gold_answer(prompt, self._field), plain_answer)
 
     def _verify(self, pairs: set[_Pair]) -> dict[_Pair, bool | None]:
         verdicts: dict[_Pair, bool | None] = {pair: self._verdicts.get(pair) for pair in pairs}

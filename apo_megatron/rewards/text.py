@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from apo_megatron.config.schema import RewardConfig
 from apo_megatron.errors import DataError
 from apo_megatron.rewards.answers import MAX_TEXT, boxed_answer
-from apo_megatron.rewards.judging import gold_answer, judged_rewards
+from apo_megatron.rewards.judging import gold_answer, judged_rewards, voted_answers
 from apo_megatron.types import Completion, Prompt
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
@@ -32,13 +32,26 @@ class ExactMatchReward:
 
     def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[float]:
         """Rewards as ``judged_rewards`` says; DataError for a prompt without a gold answer."""
-        gold = gold_answer(prompt, self._field).split()
-        return judged_rewards(completions, lambda text: _answer(text).split() == gold)
+        gold = self._gold(prompt)
+        return judged_rewards(completions, lambda text: _answer(text) == gold)
+
+    def answers(
+        self, prompt: Prompt, completions: Sequence[Completion], rewards: Sequence[float]
+    ) -> list[str | None]:
+        """Answers as ``voted_answers`` says, with single spaces."""
+        return voted_answers(completions, rewards, self._gold(prompt), _answer)
+
+    def _gold(self, prompt: Prompt) -> str:
+        return _single_spaced(gold_answer(prompt, self._field))
 
 
 def _answer(text: str) -> str:
     boxed = boxed_answer(text)
-    return text if boxed is None else boxed
+    return _single_spaced(text if boxed is None else boxed)
+
+
+def _single_spaced(text: str) -> str:
+    return " ".join(text.split())
 
 
 class MultipleChoiceReward:
@@ -50,6 +63,16 @@ class MultipleChoiceReward:
 
     def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[float]:
         """Rewards as ``judged_rewards`` says; DataError for a gold answer that is not one letter."""
+        gold = self._gold(prompt)
+        return judged_rewards(completions, lambda text: chosen_letter(text) == gold)
+
+    def answers(
+        self, prompt: Prompt, completions: Sequence[Completion], rewards: Sequence[float]
+    ) -> list[str | None]:
+        """Answers as ``voted_answers`` says: letters."""
+        return voted_answers(completions, rewards, self._gold(prompt), chosen_letter)
+
+    def _gold(self, prompt: Prompt) -> str:
         text = gold_answer(prompt, self._field)
         gold = text.strip("() .").upper()
         if not re.fullmatch("[A-Z]", gold):
@@ -57,7 +80,7 @@ class MultipleChoiceReward:
                 f"prompt {prompt.prompt_id!r}: column {self._field!r} is {text[:40]!r}, expected the letter "
                 "of the right choice: A to Z"
             )
-        return judged_rewards(completions, lambda text: chosen_letter(text) == gold)
+        return gold
 
 
 def chosen_letter(text: str) -> str | None:
