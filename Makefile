@@ -23,7 +23,7 @@ HAS_PYTHON = $(if $(PYTHON),$(PYTHON) $(IS_RECENT),false) || { \
     exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install sglang-cpu both demo test lint format docs clean
+.PHONY: help install sglang-cpu both browser demo test lint format docs clean
 
 help: ## Print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,7 +32,7 @@ demo: $(INSTALLED) $(if $(filter sglang,$(ROLLOUT)),$(SGLANG_INSTALLED)) ## Cold
 	$(BIN)/python examples/countdown/demo.py --out runs/demo --rollout $(ROLLOUT) $(DEMO_ARGS)
 
 # Both parts run, so that one call shows everything that is wrong.
-test: both ## Linters and all tests (those that need a GPU are skipped without one)
+test: both browser ## Linters and all tests (those that need a GPU are skipped without one)
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
 	$(BIN)/python -m pytest $(PYTEST_ARGS) || status=1; \
@@ -58,6 +58,14 @@ sglang-cpu: $(SGLANG_INSTALLED) ## Set up .venv-sglang: the real SGLang server o
 
 both: # at the same time: most of it is waiting for downloads
 	@$(MAKE) --no-print-directory -j2 $(INSTALLED) $(SGLANG_INSTALLED)
+
+# Tests of the HTML report open it in Chromium, and are skipped without one.
+browser: # quiet, and only where it can: nothing else needs it
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+	    && echo "installing Chromium for the tests of the report" && apt-get -qq update >/dev/null 2>&1 \
+	    && DEBIAN_FRONTEND=noninteractive timeout 600 apt-get -qq install --yes --no-install-recommends \
+	        chromium fonts-dejavu-core >/dev/null 2>&1; } \
+	    || echo "no Chromium: the tests that open the report in a browser are skipped"
 
 # The stamp is written last: an interrupted installation is taken up again.
 $(INSTALLED): setup.py constraints.txt

@@ -51,6 +51,7 @@ setup(
     packages=find_packages(
         include=["apo_megatron", "apo_megatron.*", "checkpoints_convert", "checkpoints_convert.*"]
     ),
+    package_data={"apo_megatron.evaluation.report": ["*.html", "*.css", "*.js"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={

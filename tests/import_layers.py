@@ -31,6 +31,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "apo_megatron.data",
         "apo_megatron.rewards",
         "apo_megatron.telemetry",
+        "apo_megatron.evaluation.report",
     ),
     "parallel": ("apo_megatron.parallel",),
     "pure": (

@@ -1,0 +1,125 @@
+"""Writes the page: a template, style and scripts, and the data as JSON that no output can break out of."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import BinaryIO
+
+from apo_megatron.evaluation.report.contents import (
+    Warned,
+    benchmark_contents,
+    compare_with_first,
+    disagreement,
+    other_problems,
+    unshared_benchmarks,
+    warnings_of,
+)
+from apo_megatron.evaluation.report.folders import Evaluation, read_evaluations, shared_benchmarks
+from apo_megatron.evaluation.report.samples import choose_samples, embedded_json
+from apo_megatron.files import written_aside
+
+MAX_SAMPLE_BYTES = 24 * 2**20  # of all samples in the page
+_SCRIPTS = ("elements.js", "curves.js", "problems.js", "tables.js", "browser.js", "page.js")
+_DATA_MARK = "<!-- data -->"
+
+
+def write_report(folders: Sequence[Path], output: Path) -> None:
+    """Write the page about these evaluations to ``output``, whole or not at all.
+
+    ``folders`` are those of evaluations (docs/evaluation.md, Report); the others are compared with the first.
+    Memory is bounded by the number of problems and the size of the page, whatever the number of samples.
+    Raises DataError where a folder cannot be read, or compared with the first.
+    """
+    evaluations = read_evaluations(folders)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    head, tail = _frame(evaluations)
+    with written_aside(output) as file:
+        file.write(head)
+        _write_data(file, evaluations)
+        file.write(tail)
+
+
+def _write_data(file: BinaryIO, evaluations: Sequence[Evaluation]) -> None:
+    """A script element of samples for each benchmark and checkpoint, then one with all the rest."""
+    names = shared_benchmarks(evaluations)
+    warned = unshared_benchmarks(evaluations)
+    benchmarks = []
+    room, num_left = MAX_SAMPLE_BYTES, len(names) * len(evaluations)
+    for place, name in enumerate(names):
+        problems = [evaluation.problems(name) for evaluation in evaluations]
+        comparisons = compare_with_first(evaluations, name)
+        contents = benchmark_contents(evaluations, name, comparisons, problems[0])
+        warned += warnings_of(evaluations, name, comparisons)
+        warned += other_problems(evaluations, name, problems)
+        for checkpoint, evaluation in enumerate(evaluations):
+            result = evaluation.benchmarks[name]
+            chosen = choose_samples(evaluation.generations(name), result, room // num_left)
+            warned += disagreement(evaluation, name, chosen)
+            samples = [[sample.to_json() for sample in samples] for samples in chosen.by_problem]
+            written = _write_json(file, f"samples-{place}-{checkpoint}", samples)
+            room, num_left = room - written, num_left - 1
+            contents["checkpoints"][checkpoint] |= {
+                "num_shown": chosen.num_shown,
+                "num_characters": chosen.num_characters,
+            }
+        benchmarks.append(contents)
+    _write_json(
+        file,
+        "report",
+        {
+            "labels": [evaluation.label for evaluation in evaluations],
+            "benchmarks": benchmarks,
+            "warnings": [{"benchmark": w.benchmark, "text": w.text} for w in _merged(warned)],
+        },
+    )
+
+
+def _merged(warned: Sequence[Warned]) -> list[Warned]:
+    """Each sentence once, with all the benchmarks that it is about."""
+    benchmarks: dict[str, list[str]] = {}
+    for warning in warned:
+        benchmarks.setdefault(warning.text, []).append(warning.benchmark)
+    return [Warned(", ".join(dict.fromkeys(names)), text) for text, names in benchmarks.items()]
+
+
+def _write_json(file: BinaryIO, name: str, value: object) -> int:
+    """Returns the number of bytes."""
+    return sum(
+        file.write(part)
+        for part in (
+            f'<script type="application/json" id="{name}">'.encode(),
+            embedded_json(value),
+            b"</script>\n",
+        )
+    )
+
+
+def _frame(evaluations: Sequence[Evaluation]) -> tuple[bytes, bytes]:
+    """The page before and after the data."""
+    style, script = _packaged("page.css"), "\n".join(map(_packaged, _SCRIPTS))
+    page = Template(_packaged("page.html")).substitute(
+        title=html.escape(" / ".join(evaluation.label for evaluation in evaluations)),
+        style=style,
+        style_hash=_hash(style),
+        script=script,
+        script_hash=_hash(script),
+    )
+    head, tail = page.split(_DATA_MARK)
+    return head.encode(errors="replace"), tail.encode()
+
+
+@cache
+def _packaged(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8").strip()
+
+
+def _hash(text: str) -> str:
+    """As a Content-Security-Policy names the only style, or script, that may act."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,115 @@
+"""Compares evaluations of the same problems: a table in the terminal, and the HTML page about them.
+
+    python -m tools.compare_evaluations FOLDER FOLDER ... --out report.html
+
+The folders are those that evaluations wrote. The first is the reference: every other one is compared with it,
+problem by problem. docs/evaluation.md says what the numbers mean, and what the page shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from apo_megatron.evaluation.comparison import Comparison
+from apo_megatron.evaluation.report.contents import (
+    SIGNIFICANT,
+    compare_with_first,
+    unshared_benchmarks,
+    warnings_of,
+)
+from apo_megatron.evaluation.report.folders import Evaluation, read_evaluations, shared_benchmarks
+from apo_megatron.evaluation.report.page import write_report
+from apo_megatron.telemetry.command import run_command
+
+
+def print_comparison(evaluations: Sequence[Evaluation], console: Console) -> None:
+    """A table for each benchmark, then the warnings. Labels are shown without control characters."""
+    warned = unshared_benchmarks(evaluations)
+    for name in shared_benchmarks(evaluations):
+        comparisons = compare_with_first(evaluations, name)
+        console.print(_table(evaluations, name, comparisons))
+        warned += warnings_of(evaluations, name, comparisons)
+    for warning in warned:
+        where = f"{warning.benchmark}: " if warning.benchmark else ""
+        console.print(_plain(f"note: {where}{warning.text}"))
+
+
+def _table(evaluations: Sequence[Evaluation], name: str, comparisons: Sequence[Comparison]) -> Table:
+    first = evaluations[0]
+    result = first.benchmarks[name]
+    table = Table(
+        title=_plain(
+            f"{name}: {len(result.prompt_ids)} problems x {result.num_samples} samples, per cent and points, "
+            f"against {first.label}"
+        ),
+        title_justify="left",
+    )
+    for column in ("checkpoint", "K"):
+        table.add_column(column)
+    for column in ("Pass@K", "reference", "difference", "95 % interval", "p", "p (Holm)"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for evaluation, comparison in zip(evaluations[1:], comparisons, strict=True):
+        for place, (k, found) in enumerate(comparison.differences.items()):
+            values = (
+                f"{100 * found.a:.1f}",
+                f"{100 * found.b:.1f}",
+                f"{100 * found.difference:+.1f}",
+                f"{100 * found.ci95[0]:+.1f} to {100 * found.ci95[1]:+.1f}",
+                _chance(found.p_value),
+                _chance(found.p_holm),
+            )
+            table.add_row(
+                _plain(evaluation.label if place == 0 else ""),
+                str(k),
+                *values,
+                style="bold" if found.p_holm < SIGNIFICANT else None,
+                end_section=place + 1 == len(comparison.differences),
+            )
+    return table
+
+
+def _chance(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _plain(text: str) -> Text:
+    """Without markup, and with characters that a terminal would obey written out."""
+    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line (default: that of the process); the exit code."""
+
+    def run(words: Sequence[str]) -> None:
+        parser = argparse.ArgumentParser(
+            prog="python -m tools.compare_evaluations",
+            description="Compare evaluations of the same problems with the first one.",
+            allow_abbrev=False,
+        )
+        parser.add_argument(
+            "folders",
+            nargs="+",
+            metavar="FOLDER",
+            type=Path,
+            help="of evaluations; the first is the reference",
+        )
+        parser.add_argument("--out", type=Path, default=Path("report.html"), help="default: report.html")
+        options = parser.parse_args(words)
+        evaluations = read_evaluations(options.folders)
+        if len(evaluations) > 1:
+            print_comparison(evaluations, Console())
+        write_report(options.folders, options.out)
+        print(f"written to {options.out}")
+
+    return run_command(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
