@@ -1,69 +1,156 @@
-"""Pass@K of a Hugging Face checkpoint on held-out problems.
+"""Pass@K and its neighbours of a checkpoint, of SGLang servers, or of generations that exist already.
 
     python -m apo_megatron.evaluate --config examples/countdown/evaluate.yaml model.hf_path=runs/demo/apo/hf
     torchrun --nproc-per-node 2 -m apo_megatron.evaluate --config examples/countdown/evaluate.yaml
 
-Every rank holds the whole model and takes its share of the problems.
+Every rank holds the whole model and draws its share of the samples. All samples are on disk before they
+count: the same command goes on where a killed one was.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from apo_megatron.config import EvalConfig, ParallelConfig
-from apo_megatron.data.prompts import load_prompts
+from apo_megatron.config import EvalConfig, ParallelConfig, RewardConfig, dump_config
 from apo_megatron.data.tokenizer import load_tokenizer
-from apo_megatron.evaluation.harness import PassAtKResult, evaluate_pass_at_k
-from apo_megatron.files import write_atomically
-from apo_megatron.parallel.state import init_parallel
-from apo_megatron.rewards.registry import build_reward
+from apo_megatron.errors import ConfigError
+from apo_megatron.evaluation.benchmarks import LoadedBenchmark, load_benchmark
+from apo_megatron.evaluation.drawing import draw_units
+from apo_megatron.evaluation.report import write_report
+from apo_megatron.evaluation.result import PassAtKResult
+from apo_megatron.evaluation.sample_store import SampleWriter
+from apo_megatron.evaluation.standalone import BenchmarkRun, write_results
+from apo_megatron.models.hf_config import read_architecture
+from apo_megatron.parallel.state import ParallelContext, init_parallel
 from apo_megatron.rollout.build import load_engine
+from apo_megatron.rollout.engine import RolloutEngine
+from apo_megatron.rollout.transports.as_served import AS_SERVED
+from apo_megatron.rollout.waiting import on_every_rank
 from apo_megatron.telemetry.command import parse_command_line, run_command
 from apo_megatron.telemetry.progress import RunDisplay
 
+_MAX_WAIT_MINUTES = 24 * 60.0
 
-def evaluate(cfg: EvalConfig) -> PassAtKResult:
-    """Evaluate as ``cfg`` says; the main rank writes cfg.output_path and prints a table.
 
-    Raises ConfigError, DataError and CheckpointError for what a user can mend.
+def evaluate(cfg: EvalConfig) -> dict[str, PassAtKResult]:
+    """Evaluate as ``cfg`` says: the results by benchmark, on every rank. Collective.
+
+    The main rank writes results.json and report.html into cfg.output_dir and prints a table. Raises the
+    errors of ``errors.py`` for what a user can mend: those of data and settings before any model is loaded.
     """
-    assert cfg.evaluation.data_path is not None, "the config has a rule for this"
-    reward = build_reward(cfg.reward)
-    prompts = load_prompts(
-        cfg.evaluation.data_path,
-        load_tokenizer(cfg.model.hf_path),
-        cfg.evaluation,
-        required_fields=reward.required_fields,
-        max_rows=cfg.evaluation.max_problems,
-    )
-    parallel = init_parallel(ParallelConfig(), cfg.evaluation.seed)
-    engine = load_engine(cfg.rollout, cfg.model, parallel.device)
-    with (
-        RunDisplay(1, parallel.is_main, "evaluate") as display,
-        display.phase("evaluation", total=len(prompts)) as advance,
-    ):
-        result = evaluate_pass_at_k(
-            engine, prompts, reward, cfg.evaluation, cfg.rollout, parallel, progress=advance
+    # A rank that is done waits for the slowest one.
+    parallel = init_parallel(ParallelConfig(timeout_minutes=_MAX_WAIT_MINUTES), cfg.evaluation.seed)
+    if parallel.world > 1 and (cfg.generations is not None or cfg.rollout.engine == "sglang"):
+        raise ConfigError(
+            f"{parallel.world} ranks with {'generations' if cfg.model is None else 'rollout.engine=sglang'}: "
+            "one process is enough, start it without torchrun"
         )
+    runs = [BenchmarkRun(cfg, benchmark) for benchmark in _load_benchmarks(cfg)]
+
+    def prepare() -> None:
+        if parallel.is_main:
+            for run in runs:
+                run.prepare()
+            dump_config(cfg, Path(cfg.output_dir, "config.yaml"))
+
+    on_every_rank(prepare, parallel)
+    with (
+        RunDisplay(len(runs), parallel.is_main, "evaluate") as display,
+        _Engine(cfg, parallel, display) as engine,
+    ):
+        for run in runs:
+            _complete(run, engine, parallel, display)
+    results = {}
     if parallel.is_main:
-        write_result(result, cfg)
-        Console().print(result_table(result, cfg.model.hf_path))
-        print(f"written to {cfg.output_path}")
-    return result
+        results = {run.name: run.result() for run in runs}
+        write_results(cfg, results)
+        write_report([Path(cfg.output_dir)], Path(cfg.output_dir, "report.html"))
+        for name, result in results.items():
+            Console().print(result_table(result, f"{cfg.shown_label} on {name}"))
+        print(f"written to {cfg.output_dir}: results.json, report.html, generations/")
+    return on_every_rank(lambda: results, parallel)[0]
 
 
-def write_result(result: PassAtKResult, cfg: EvalConfig) -> None:
-    """``result`` with the resolved config as JSON in cfg.output_path: whole or not at all."""
-    path = Path(cfg.output_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {**result.to_json(), "config": cfg.model_dump(mode="json")}
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+def _load_benchmarks(cfg: EvalConfig) -> list[LoadedBenchmark]:
+    settings = RewardConfig(**cfg.reward.model_dump())
+    if cfg.model is None:
+        return [load_benchmark(benchmark, None, settings=settings) for benchmark in cfg.benchmarks]
+    tokenizer = load_tokenizer(cfg.model.hf_path)
+    limit = read_architecture(cfg.model.hf_path).max_position_embeddings - cfg.rollout.max_new_tokens
+    return [
+        load_benchmark(benchmark, tokenizer, settings=settings, max_prompt_length=limit)
+        for benchmark in cfg.benchmarks
+    ]
+
+
+class _Engine:
+    """Loads the engine where a benchmark needs one. Use as a context manager."""
+
+    def __init__(self, cfg: EvalConfig, parallel: ParallelContext, display: RunDisplay) -> None:
+        self._cfg, self._parallel, self._display = cfg, parallel, display
+        self._engine: RolloutEngine | None = None
+        self._closing = ExitStack()
+
+    def get(self) -> RolloutEngine:
+        """Collective where it is called first."""
+        if self._engine is None:
+            assert self._cfg.model is not None, "there are generations otherwise"
+            folder = Path(self._cfg.output_dir)
+            self._engine = load_engine(
+                self._cfg.rollout, self._cfg.model, self._parallel, folder, self._display.note
+            )
+            self._closing.callback(self._engine.close)
+        return self._engine
+
+    def __enter__(self) -> _Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closing.close()
+
+
+def _complete(run: BenchmarkRun, engine: _Engine, parallel: ParallelContext, display: RunDisplay) -> None:
+    """Draw, or read, and judge what is missing of a benchmark. Collective."""
+    drawn = run.drawn()
+    total = run.num_samples * len(run.prompts)
+    on_every_rank(lambda: None, parallel)  # nobody writes before all have read
+    generations = run.generations()
+    units = [] if generations is not None else run.missing_units(drawn)
+    mine = units[parallel.rank :: parallel.world]
+    have = sum(min(len(numbers), run.num_samples) for numbers in drawn.values())
+    if have:
+        display.note(f"{run.name}: {have} of {total} samples are there already")
+    left = sum(request.num_samples for unit in mine for request in unit) if units else total - have
+
+    def complete() -> None:
+        with (
+            SampleWriter(run.folder, parallel.rank) as writer,
+            display.phase(run.name, total=left) as advance,
+        ):
+            if generations is not None:
+                generations.judge(run.reward, writer, drawn, advance)
+            elif mine:
+                drawing = engine.get()
+                draw_units(
+                    drawing,
+                    mine,
+                    run.sampling,
+                    run.reward,
+                    writer,
+                    run.max_running,
+                    lambda: drawing.recover(AS_SERVED),
+                    advance,
+                )
+
+    if units:
+        engine.get()
+    on_every_rank(complete, parallel)
 
 
 def result_table(result: PassAtKResult, title: str) -> Table:
@@ -72,21 +159,37 @@ def result_table(result: PassAtKResult, title: str) -> Table:
     table.add_column("K", justify="right")
     table.add_column("Pass@K (%)", justify="right")
     table.add_column("95 % interval")
-    for k, value in result.pass_at_k.items():
-        low, high = result.ci95[k]
-        table.add_row(str(k), f"{100 * value:.1f}", f"{100 * low:.1f} to {100 * high:.1f}")
+    if result.majority_at_k:
+        table.add_column("majority@K (%)", justify="right")
+        table.add_column("95 % interval")
+    for k in result.pass_at_k:
+        table.add_row(
+            str(k),
+            *_shown(result.pass_at_k, result.ci95, k),
+            *(_shown(result.majority_at_k, result.majority_ci95, k) if result.majority_at_k else ()),
+        )
     return table
 
 
+def _shown(
+    values: Mapping[int, float], intervals: Mapping[int, tuple[float, float]], k: int
+) -> tuple[str, str]:
+    low, high = intervals[k]
+    return f"{100 * values[k]:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"
+
+
 def _caption(result: PassAtKResult) -> str:
-    caption = (
-        f"{len(result.num_correct)} problems x {result.num_samples} samples; "
-        f"{result.mean_response_length:.1f} tokens a sample, {100 * result.truncation_rate:.1f} % truncated, "
-        f"{result.distinct_correct:.1f} different right answers a problem"
-    )
+    parts = [f"{len(result.num_correct)} problems x {result.num_samples} samples"]
+    if result.mean_response_length is not None:
+        parts.append(f"{result.mean_response_length:.1f} tokens a sample")
+    parts.append(f"{100 * result.truncation_rate:.1f} % truncated")
+    parts.append(f"{result.distinct_correct:.1f} different right answers a problem")
     if result.verifier_failures:
-        caption += f"; {result.verifier_failures} samples could not be judged and count as wrong"
-    return caption
+        parts.append(
+            f"{result.verifier_failures} samples ({100 * result.verifier_failure_rate:.2g} %) could not be "
+            "judged and count as wrong"
+        )
+    return ", ".join(parts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

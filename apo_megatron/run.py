@@ -15,7 +15,8 @@ from apo_megatron.actor.checkpoint_files import LATEST_FILE
 from apo_megatron.actor.checkpointer import Checkpointer
 from apo_megatron.config import RLConfig, SFTConfig, dump_config
 from apo_megatron.errors import CheckpointError, ConfigError, RunInterrupted, TrainingError
-from apo_megatron.evaluation.harness import PassAtKResult, evaluate_pass_at_k
+from apo_megatron.evaluation.harness import evaluate_pass_at_k
+from apo_megatron.evaluation.result import PassAtKResult
 from apo_megatron.files import write_atomically
 from apo_megatron.parallel.collectives import all_gather_objects, any_rank, barrier
 from apo_megatron.parallel.state import ParallelContext

@@ -1,4 +1,4 @@
-"""Which module may import which: the table, and the checks that read it (no module is imported).
+"""Which module may import which, and what none may call: the table, and the checks that read the sources.
 
 A module belongs to the layer of the longest entry that it equals or lies below, and imports from its own
 layer and those under it. Imports inside functions count: they hide a dependency, they do not remove it.
@@ -54,6 +54,13 @@ FORBIDDEN_IN_PURE = ("torch.distributed", "megatron", "ray", "sglang")
 RAY_HOME = "apo_megatron.launch.ray"
 DEVICE_HOME = "apo_megatron.parallel"
 DEVICE_LITERAL = re.compile(r"\b(cuda|nccl)\b")
+
+# What runs code that lies in the data it reads.
+CODE_RUNNERS = re.compile(
+    r"(eval|exec|(c?pickle|cloudpickle|dill)\.(load|loads|Unpickler)|marshal\.loads?|shelve\.open"
+    r"|joblib\.load|pandas\.read_pickle|yaml\.(load|load_all|full_load|unsafe_load))"
+)
+UNSAFE_FLAGS = ("allow_pickle", "trust_remote_code")
 
 OUR_ROOTS = ("apo_megatron", "checkpoints_convert", "tools", "examples")
 _LAYER_OF = {entry: layer for layer, entries in LAYERS.items() for entry in entries}
@@ -185,6 +192,25 @@ def device_literals(modules: Mapping[str, Module]) -> Iterator[str]:
                 literal = DEVICE_LITERAL.search(node.value)
                 if literal:
                     yield f"{module.name}:{node.lineno} names {literal.group()!r}: only {DEVICE_HOME} may"
+
+
+def code_from_outside(modules: Mapping[str, Module]) -> Iterator[str]:
+    """Reading that would run what it reads: unpickling, evaluation of text, models that bring code."""
+    for module in modules.values():
+        for found in module.imports:
+            if CODE_RUNNERS.fullmatch(found.target):
+                yield f"{module.name}:{found.line} imports {found.target}: it runs what it reads"
+        for node in ast.walk(module.tree):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            flags = {word.arg: ast.unparse(word.value) for word in node.keywords if word.arg is not None}
+            unsafe = [name for name in UNSAFE_FLAGS if flags.get(name, "False") != "False"]
+            if called == "torch.load" and flags.get("weights_only") != "True":
+                unsafe.append("weights_only missing")
+            if CODE_RUNNERS.fullmatch(called) or unsafe:
+                why = ", ".join(unsafe)
+                yield f"{module.name}:{node.lineno} calls {called} ({why}): it runs what it reads"
 
 
 def import_cycles(modules: Mapping[str, Module]) -> Iterator[str]:

@@ -35,7 +35,7 @@ model: {hf_path: model}
 data: {train_path: train.jsonl}
 train: {run_dir: run, num_steps: 10}
 """
-MINIMAL_EVAL = "model: {hf_path: model}\nevaluation: {data_path: heldout.jsonl}\n"
+MINIMAL_EVAL = "model: {hf_path: model}\nbenchmarks: [math500]\n"
 
 
 @pytest.fixture
@@ -71,9 +71,9 @@ def test_defaults_then_file_then_overrides(file: Path) -> None:
 def test_overrides_reach_sections_that_the_file_lacks_and_plain_fields(tmp_path: Path) -> None:
     path = tmp_path / "eval.yaml"
     path.write_text(MINIMAL_EVAL)
-    cfg = load_config(EvalConfig, path, ["rollout.top_p=0.9", "output_path=a=b.json", "evaluation.ks=[1, 8]"])
+    cfg = load_config(EvalConfig, path, ["rollout.top_p=0.9", "output_dir=a=b.json", "evaluation.ks=[1, 8]"])
     assert cfg.rollout.top_p == 0.9
-    assert cfg.output_path == "a=b.json"
+    assert cfg.output_dir == "a=b.json"
     assert cfg.evaluation.ks == (1, 8)
 
 
@@ -121,7 +121,7 @@ def test_a_configuration_is_frozen(file: Path) -> None:
             "run.yaml:5: objective.apo_top_k: unknown field, did you mean objective.apo_topk?",
         ),
         ("rollout: {lr: 1.0}", "run.yaml:4: rollout.lr: unknown field, did you mean optimizer.lr?"),
-        ("reward: {zzzzz: 1}", "run.yaml:4: reward.zzzzz: unknown field, known in reward: name"),
+        ("reward: {zzzzz: 1}", "run.yaml:4: reward.zzzzz: unknown field, known in reward: num_workers"),
         ("1: x", "run.yaml:4: 1: unknown field, known in the file: model, data, train, parallel, "),
         (
             "rollout: {group_size: '8'}",
@@ -159,7 +159,7 @@ def test_a_configuration_is_frozen(file: Path) -> None:
         ("evaluation: {ks: [1, 0]}", "run.yaml:4: evaluation.ks.1: found 0, expected list, each a whole "),
         (
             "reward: countdown",
-            "run.yaml:4: reward: found 'countdown', expected a section with the fields name",
+            "run.yaml:4: reward: found 'countdown', expected a section with the fields num_workers",
         ),
         (
             "rollout:\n  sglang:\n    num_servers: two",
@@ -181,7 +181,7 @@ def test_a_configuration_is_frozen(file: Path) -> None:
             "evaluation: {fields: [answer]}",
             "run.yaml:4: evaluation.fields: found ['answer'], expected mapping of text to text",
         ),
-        ("reward:", "run.yaml:4: reward: found null, expected a section with the fields name"),
+        ("reward:", "run.yaml:4: reward: found null, expected a section with the fields num_workers"),
         ("train: {run_dir: r}", "run.yaml:4: train: given twice, first on line 3: keep one"),
         (
             "optimizer:\n  lr: 1.0\n  lr: 2.0",

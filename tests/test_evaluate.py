@@ -18,9 +18,12 @@ import torch
 import yaml
 
 from apo_megatron.config import EvaluationConfig, RolloutConfig
+from apo_megatron.config.evaluation import MeasurementConfig
 from apo_megatron.errors import DataError, RolloutError
 from apo_megatron.evaluation import pass_at_k
-from apo_megatron.evaluation.harness import PassAtKResult, evaluate_pass_at_k
+from apo_megatron.evaluation.harness import evaluate_pass_at_k
+from apo_megatron.evaluation.result import PassAtKResult
+from apo_megatron.evaluation.sample_store import read_samples
 from apo_megatron.rollout.engine import Progress, SampleRequest, SamplingParams
 from apo_megatron.types import Completion, Prompt
 from tests.distributed import run_distributed
@@ -188,29 +191,39 @@ def test_samples_of_other_weights_are_not_counted() -> None:
         evaluate_pass_at_k(engine, make_prompts(1), DigitReward(), EVALUATION, ROLLOUT, None)
 
 
-def test_evaluation_does_not_depend_on_ranks_and_the_command_writes_json(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = make_tiny_model(tmp_path / "model")
-    problems = [
-        {"id": f"q{i}", "prompt": f"w{i + 2} w9 w4", "numbers": [1, 2, 3, 4, 5], "target": i}
-        for i in range(5)
-    ]
-    data = tmp_path / "problems.jsonl"
-    data.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-    evaluation, rollout = EVALUATION.model_dump(mode="json"), ROLLOUT.model_dump(mode="json")
+def write_problems(folder: Path, num_problems: int = 5) -> Path:
+    path = folder / "problems.jsonl"
+    rows = [{"id": f"q{i}", "prompt": f"w{i + 2} w9 w4", "answer": f"w{i}"} for i in range(num_problems)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_config(
+    tmp_path: Path, model: Path, reward: str = "tests.word_reward:score", num_problems: int = 5
+) -> Path:
+    """The command's configuration: the tiny model on problems of its own."""
+    problems = write_problems(tmp_path, num_problems)
+    benchmark = {"name": "words", "path": str(problems), "reward": reward}
     config = {
-        "model": {"hf_path": str(folder), "dtype": "float32"},
-        "evaluation": {**evaluation, "data_path": str(data), "max_problems": 4},
-        "rollout": rollout,
+        "model": {"hf_path": str(model), "dtype": "float32"},
+        "benchmarks": [benchmark],
+        "evaluation": EVALUATION.model_dump(mode="json", include=set(MeasurementConfig.model_fields)),
+        "rollout": ROLLOUT.model_dump(mode="json"),
     }
-    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(config))
-    output = tmp_path / "results" / "evaluation.json"
+    path = tmp_path / "eval.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_evaluation_does_not_depend_on_ranks_and_the_command_writes_json(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "model")
+    config = write_config(tmp_path, folder)
+    outputs = [tmp_path / "two", tmp_path / "one"]
     payload = {
         "folder": str(folder),
-        "evaluation": evaluation,
-        "rollout": rollout,
-        "argv": ["--config", str(tmp_path / "eval.yaml"), f"output_path={output}"],
+        "evaluation": EVALUATION.model_dump(mode="json"),
+        "rollout": ROLLOUT.model_dump(mode="json"),
+        "argv": ["--config", str(config), f"output_dir={outputs[0]}", "label=tiny"],
     }
     first, second = run_distributed(2, "tests.workers.evaluation:evaluate_on_ranks", payload)
 
@@ -225,22 +238,40 @@ def test_evaluation_does_not_depend_on_ranks_and_the_command_writes_json(
         assert "version 7" in rank["lost"]
         assert rank["failed"] == "rank 1: the server is gone"
 
-    written = json.loads(output.read_text())
-    assert PassAtKResult.from_json(written).prompt_ids == ("q0", "q1", "q2", "q3")
-    assert written["pass_at_k"] == {"1": 0.0, "2": 0.0, "8": 0.0}  # "w3 w4" solves nothing
-    assert written["config"]["evaluation"]["num_samples"] == 8
-    assert [path.name for path in output.parent.iterdir()] == ["evaluation.json"]
+    argv = ["--config", str(config), f"output_dir={outputs[1]}", "label=tiny"]
+    run_distributed(1, "tests.workers.evaluation:run_command_line", {"argv": argv})
+    files = ["config.yaml", "generations", "problems", "report.html", "results.json"]
+    assert sorted(path.name for path in outputs[0].iterdir()) == files
+    for name in ("results.json", "report.html", "problems/words.jsonl"):
+        assert (outputs[0] / name).read_bytes() == (outputs[1] / name).read_bytes()
+    results = json.loads((outputs[0] / "results.json").read_text())
+    result = PassAtKResult.from_json(results["benchmarks"]["words"])
+    assert results["label"] == "tiny" and result.prompt_ids == ("q0", "q1", "q2", "q3", "q4")
+    assert 0 < sum(result.num_correct) < 40
+    samples = list(read_samples(outputs[0] / "generations" / "words"))
+    assert len(samples) == 40 and sum(s.reward == 1 for s in samples) == sum(result.num_correct)
+    assert yaml.safe_load((outputs[0] / "config.yaml").read_text())["evaluation"]["num_samples"] == 8
+
+
+def test_generations_of_an_evaluation_are_judged_without_a_model(tmp_path: Path) -> None:
+    config = write_config(tmp_path, tmp_path / "no model", reward="exact_match")
+    rows = [{"problem": f"q{i}", "text": [f"w{i}", "w0", "w1 w0"] * 3} for i in range(5)]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--config", str(config), "model=null", f"generations.path={tmp_path / 'others.jsonl'}"]
+    argv += [f"output_dir={tmp_path / 'out'}", "evaluation.num_samples=9"]
+    run_distributed(1, "tests.workers.evaluation:run_command_line", {"argv": argv})
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    result = PassAtKResult.from_json(results["benchmarks"]["words"])
+    assert result.num_correct == (6, 3, 3, 3, 3)
+    assert result.mean_response_length is None
+    assert result.majority_at_k[1] == pytest.approx(18 / 45)
 
 
 def test_the_command_reports_errors_in_one_message(tmp_path: Path) -> None:
-    folder = make_tiny_model(tmp_path / "model")
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "w2"}\n')
-    config = tmp_path / "eval.yaml"
-    config.write_text(
-        yaml.safe_dump({"model": {"hf_path": str(folder)}, "evaluation": {"data_path": str(bad)}})
-    )
-    command = [sys.executable, "-m", "apo_megatron.evaluate", "--config", str(config)]
+    config = write_config(tmp_path, make_tiny_model(tmp_path / "model"))
+    (tmp_path / "problems.jsonl").write_text('{"prompt": "w2"}\n')
+    words = ["benchmarks=[{name: words, path: %s, reward: exact_match}]" % (tmp_path / "problems.jsonl")]
+    command = [sys.executable, "-m", "apo_megatron.evaluate", "--config", str(config), *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 2
-    assert "bad.jsonl:1" in done.stderr and "Traceback" not in done.stderr
+    assert "problems.jsonl:1" in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,5 @@
-"""The structure of the program: import layers, purity, where devices and Ray may be named, light imports."""
+"""The structure of the program: import layers, purity, where devices and Ray may be named, light imports;
+and that nothing runs code that comes with data."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ CHECKS: tuple[Check, ...] = (
     rules.impure_imports,
     rules.ray_outside_launch,
     rules.device_literals,
+    rules.code_from_outside,
     rules.import_cycles,
 )
 
@@ -121,6 +123,13 @@ BROKEN: tuple[tuple[Check, dict[str, str], str], ...] = (
         {"apo_megatron.models.build": '"""Moves it to cuda."""\nx = torch.cuda.is_available()'},
         "",
     ),
+    (rules.code_from_outside, {"apo_megatron.rollout.a": "pickle.loads(answer)"}, "calls pickle.loads"),
+    (rules.code_from_outside, {"apo_megatron.rollout.a": "from pickle import loads"}, "imports pickle.loads"),
+    (rules.code_from_outside, {"apo_megatron.rewards.a": "eval(text)"}, "calls eval"),
+    (rules.code_from_outside, {"tools.a": "torch.load(path)"}, "calls torch.load (weights_only missing)"),
+    (rules.code_from_outside, {"tools.a": "torch.load(path, weights_only=True)"}, ""),
+    (rules.code_from_outside, {"tools.a": "np.load(path, allow_pickle=True)"}, "(allow_pickle)"),
+    (rules.code_from_outside, {"tools.a": "import pickle\nmodel.eval()\nx = pickle.MARK"}, ""),
     (
         rules.import_cycles,
         {

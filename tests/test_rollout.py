@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from apo_megatron.config import ModelConfig, RolloutConfig
 from apo_megatron.errors import CheckpointError, ConfigError, RolloutError
-from apo_megatron.rollout.build import build_embedded_engine, load_engine
+from apo_megatron.rollout.build import build_embedded_engine, load_embedded_engine
 from apo_megatron.rollout.decoding import plan_chunks
 from apo_megatron.rollout.embedded import EmbeddedEngine
 from apo_megatron.rollout.engine import SampleRequest, SamplingParams
@@ -360,7 +360,7 @@ def test_the_trainers_random_state_is_left_alone(folders: dict[str, Path]) -> No
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
     cfg = ModelConfig(hf_path=str(folders["qwen2"]), dtype="float32")
     build_embedded_engine(RolloutConfig(), cfg, CPU)
-    load_engine(RolloutConfig(), cfg, CPU).generate(make_prompts([4]), SAMPLING)
+    load_embedded_engine(RolloutConfig(), cfg, CPU).generate(make_prompts([4]), SAMPLING)
     assert torch.equal(before, torch.get_rng_state())
     np.testing.assert_array_equal(numpy_before, np.random.get_state()[1])  # type: ignore[index]
 
@@ -373,17 +373,17 @@ def test_stop_tokens_come_from_tokenizer_and_generation_config(tmp_path: Path) -
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(40, 80))}))
     cfg = ModelConfig(hf_path=str(folder), dtype="float32")
     sampling = replace(SAMPLING, num_samples=200, stop_token_ids=())
-    completions = load_engine(RolloutConfig(), cfg, CPU).generate(make_prompts([4]), sampling)[0]
+    completions = load_embedded_engine(RolloutConfig(), cfg, CPU).generate(make_prompts([4]), sampling)[0]
     last_tokens = {int(c.token_ids[-1]) for c in completions if c.finish_reason == "stop"}
     assert last_tokens <= {EOS_TOKEN_ID, *range(40, 80)} and len(last_tokens) > 20
     (folder / "generation_config.json").unlink()
-    completions = load_engine(RolloutConfig(), cfg, CPU).generate(make_prompts([4]), sampling)[0]
+    completions = load_embedded_engine(RolloutConfig(), cfg, CPU).generate(make_prompts([4]), sampling)[0]
     assert {int(c.token_ids[-1]) for c in completions if c.finish_reason == "stop"} == {EOS_TOKEN_ID}
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     def load(folder: Path) -> None:
-        load_engine(RolloutConfig(), ModelConfig(hf_path=str(folder), dtype="float32"), CPU)
+        load_embedded_engine(RolloutConfig(), ModelConfig(hf_path=str(folder), dtype="float32"), CPU)
 
     folder = make_tiny_model(tmp_path / "truncated")
     weights = folder / "model.safetensors"

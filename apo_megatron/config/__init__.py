@@ -1,11 +1,11 @@
 """Typed configuration: ``schema.py`` says what there is, ``loader.py`` reads it."""
 
+from apo_megatron.config.evaluate import EvalConfig
+from apo_megatron.config.evaluation import EvaluationConfig
 from apo_megatron.config.loader import dump_config, load_config
 from apo_megatron.config.schema import (
     CheckpointConfig,
     DataConfig,
-    EvalConfig,
-    EvaluationConfig,
     LoggingConfig,
     ModelConfig,
     ObjectiveConfig,

@@ -15,9 +15,17 @@ _BOUNDS = ((Ge, "ge", ">="), (Gt, "gt", ">"), (Le, "le", "<="), (Lt, "lt", "<"))
 
 
 def section_of(info: FieldInfo) -> type[BaseModel] | None:
-    """The section class of a field that holds a section, None for a plain field."""
-    kind = info.annotation
+    """The section class of a field that holds a section, or may hold one; None for a plain field."""
+    kinds = [info.annotation]
+    if get_origin(info.annotation) in (Union, types.UnionType):
+        kinds = [kind for kind in get_args(info.annotation) if kind is not types.NoneType]
+    kind = kinds[0] if len(kinds) == 1 else None
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def is_optional(info: FieldInfo) -> bool:
+    """Whether null is a value of the field."""
+    return types.NoneType in get_args(info.annotation)
 
 
 def item_section_of(info: FieldInfo) -> type[BaseModel] | None:

@@ -14,7 +14,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from apo_megatron.config.describe import describe_type, describe_value, item_section_of, section_of
+from apo_megatron.config.describe import (
+    describe_type,
+    describe_value,
+    is_optional,
+    item_section_of,
+    section_of,
+)
 from apo_megatron.config.yaml_source import KeyPath, YamlError, YamlSource, read_yaml
 from apo_megatron.errors import ConfigError
 from apo_megatron.files import write_atomically
@@ -85,8 +91,9 @@ def _apply_override(
     parent = _section_at(cls, key[:-1])
     if parent is None or key[-1] not in parent.model_fields:
         return [f"{origin}: {_unknown(cls, key)}"]
-    section = section_of(parent.model_fields[key[-1]])
-    if section is not None:
+    info = parent.model_fields[key[-1]]
+    section = section_of(info)
+    if section is not None and not (text.strip() == "null" and is_optional(info)):
         example = f"{name}.{next(iter(section.model_fields))}"
         return [f"{origin}: {name} is a section: name one of its fields, as in {example}=..."]
     try:
@@ -94,7 +101,9 @@ def _apply_override(
     except YamlError as error:
         return [f"{origin}: the value is not YAML: {error}"]
     for part in key[:-1]:
-        values = values.setdefault(part, {})
+        if values.get(part) is None:  # missing, or an optional section that is not there
+            values[part] = {}
+        values = values[part]
         if not isinstance(values, dict):
             return []  # the file has something else than a section there, which validation reports
     values[key[-1]] = value

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from apo_megatron.config.data import DataConfig, PromptFormat, SupervisedDataConfig
+from apo_megatron.config.data import DataConfig, SupervisedDataConfig
+from apo_megatron.config.evaluation import EvaluationConfig
 from apo_megatron.config.rollout import RolloutConfig
 from apo_megatron.config.section import (
     FrozenList,
@@ -96,7 +97,18 @@ class RewardTerm(Section):
     weight: float = Field(1.0, description="What its reward is multiplied by.")
 
 
-class RewardConfig(Section):
+class VerifierConfig(Section):
+    """How rewards run that need processes of their own."""
+
+    num_workers: PositiveInt = Field(
+        2, description="Processes per rank that verify (math_verify, format) and can be killed."
+    )
+    timeout: PositiveFloat = Field(
+        5.0, description="Seconds for one answer in a worker; a later one is not judged, and counted."
+    )
+
+
+class RewardConfig(VerifierConfig):
     """What makes an answer right."""
 
     name: str = Field(
@@ -110,12 +122,6 @@ class RewardConfig(Section):
     answer_field: str = Field("answer", description="Column with the gold answer.")
     format_pattern: str | None = Field(
         None, description="Regular expression that must match a whole answer, for the format reward."
-    )
-    num_workers: PositiveInt = Field(
-        2, description="Processes per rank that verify (math_verify, format) and can be killed."
-    )
-    timeout: PositiveFloat = Field(
-        5.0, description="Seconds for one answer in a worker; a later one is not judged, and counted."
     )
     overlong_buffer: NonNegativeInt = Field(
         0, description="Soft overlong punishment in the last so many tokens of max_new_tokens; 0 = none."
@@ -279,40 +285,6 @@ class SupervisedTrainConfig(Section):
     max_skipped_updates: PositiveInt = Field(3, description="Non-finite updates in a row that stop the run.")
 
 
-class EvaluationConfig(PromptFormat):
-    """Pass@K on held-out problems."""
-
-    data_path: str | None = Field(
-        None, description="Held-out problems: file, directory or hub id; null = no evaluation."
-    )
-    max_problems: PositiveInt | None = Field(None, description="Use the first so many problems.")
-    num_samples: PositiveInt = Field(256, description="n: samples per problem.")
-    ks: FrozenList[PositiveInt] = Field((1, 2, 4, 8, 16, 32, 64, 128, 256), description="K of Pass@K.")
-    temperature: PositiveFloat = Field(1.0, description="T of evaluation samples.")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus mass of evaluation samples.")
-    interval: NonNegativeInt = Field(0, description="Evaluate every so many steps; 0 = only at the ends.")
-    interval_num_samples: PositiveInt = Field(32, description="n of the evaluations in between.")
-    at_start: bool = Field(True, description="Evaluate the policy before the first step.")
-    bootstrap_samples: PositiveInt = Field(2000, description="Resamples of the problems for the intervals.")
-    seed: NonNegativeInt = Field(1234, description="Seed of evaluation samples and bootstrap.")
-
-    @rule
-    def ks_fit_into_the_samples(self) -> str | None:
-        """`num_samples` must be at least the largest of `ks`, and `ks` not empty: Pass@K needs n >= K."""
-        if not self.ks:
-            return "ks=[] leaves nothing to measure: name at least one K"
-        if max(self.ks) > self.num_samples:
-            return f"ks={list(self.ks)} needs num_samples >= {max(self.ks)}, found {self.num_samples}"
-        return None
-
-    @rule
-    def interval_needs_problems(self) -> str | None:
-        """`interval` > 0 needs a `data_path`."""
-        if self.interval and self.data_path is None:
-            return f"interval={self.interval} without data_path: set data_path, or interval=0"
-        return None
-
-
 class CheckpointConfig(Section):
     """Training checkpoints under run_dir/checkpoints and the final Hugging Face export."""
 
@@ -454,37 +426,3 @@ class SFTConfig(Section):
     def warmup_ends_before_training(self) -> str | None:
         """`optimizer.lr_warmup_steps` must be fewer than `train.num_steps`."""
         return _warmup_problem(self.optimizer, self.train.num_steps)
-
-
-class EvalConfig(Section):
-    """``python -m apo_megatron.evaluate``."""
-
-    model: ModelConfig
-    evaluation: EvaluationConfig
-    rollout: RolloutConfig = RolloutConfig()
-    reward: RewardConfig = RewardConfig()
-    output_path: str = Field("evaluation.json", description="Where the result goes (JSON).")
-
-    @rule
-    def engine_has_weights_of_its_own(self) -> str | None:
-        """`rollout.engine` must be embedded: nothing here pushes weights into servers."""
-        if self.rollout.engine != "embedded":
-            return f"rollout.engine={self.rollout.engine}: evaluation of a checkpoint runs embedded; set that"
-        return None
-
-    @rule
-    def weights_are_those_of_hf_path(self) -> str | None:
-        """`model.megatron_path` must be null: convert the checkpoint with apo-megatron-to-hf first."""
-        if self.model.megatron_path is not None:
-            return (
-                f"model.megatron_path={self.model.megatron_path}: evaluation reads the Hugging Face format; "
-                "convert the checkpoint with apo-megatron-to-hf and name the result as model.hf_path"
-            )
-        return None
-
-    @rule
-    def problems_are_named(self) -> str | None:
-        """`evaluation.data_path` is needed: there is nothing else to do."""
-        if self.evaluation.data_path is None:
-            return "evaluation.data_path=null: name the held-out problems"
-        return None

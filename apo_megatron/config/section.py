@@ -52,8 +52,9 @@ class Section(BaseModel):
 
     @classmethod
     def rules(cls) -> Iterator[str]:
-        """Names of this section's own rules, in the order of the source."""
-        return (name for name, member in vars(cls).items() if getattr(member, "is_rule", False))
+        """Names of this section's rules, those of its bases first, in the order of the source."""
+        for base in reversed(cls.__mro__):
+            yield from (name for name, member in vars(base).items() if getattr(member, "is_rule", False))
 
     @model_validator(mode="after")
     def _every_rule_holds(self) -> Self:

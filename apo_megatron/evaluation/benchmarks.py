@@ -5,14 +5,16 @@ docs/evaluation.md says where hub ids, splits and columns were looked up.
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from apo_megatron.config.benchmarks import AnswerExtraction, BenchmarkConfig
@@ -151,13 +153,14 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
 
 def load_benchmark(
     cfg: BenchmarkConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     *,
     settings: RewardConfig | None = None,
     max_prompt_length: int | None = None,
 ) -> LoadedBenchmark:
     """The problems of a benchmark as prompts, in their order, and the reward that judges answers to them.
 
+    Without a ``tokenizer`` prompts have texts as they are and no tokens: answers are there already.
     ``settings`` says how the reward runs (num_workers, timeout, format_pattern); what it judges by is the
     benchmark's. No problem is left out: one of more than ``max_prompt_length`` tokens is an error.
 
@@ -168,7 +171,7 @@ def load_benchmark(
     benchmark = _resolve(cfg)
     reward = _build_reward(benchmark, settings or RewardConfig())
     form = _prompt_format(cfg, benchmark, tokenizer)
-    if form.chat_template:
+    if form.chat_template and tokenizer is not None:
         check_chat_template(tokenizer)
     source = cfg.path if cfg.path is not None else benchmark.hub_id
     assert source is not None, "_resolve sees to it"
@@ -176,12 +179,20 @@ def load_benchmark(
         _prepared(row, benchmark, reward)
         for row in read_unique_rows(source, form, reward.required_fields, cfg.max_problems)
     ]
-    prompts = encode_rows(rows, tokenizer, form)
+    prompts = _without_tokens(rows) if tokenizer is None else encode_rows(rows, tokenizer, form)
     for row, prompt in zip(rows, prompts, strict=True):
         _check(row, prompt, reward, max_prompt_length)
     if cfg.path is None and cfg.max_problems is None:
         _check_size(cfg, len(prompts))
     return LoadedBenchmark(cfg.name, prompts, reward, cfg.num_samples)
+
+
+def _without_tokens(rows: Sequence[PromptRow]) -> list[Prompt]:
+    texts = [row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt) for row in rows]
+    return [
+        Prompt(row.prompt_id, text, np.empty(0, np.int32), row.fields)
+        for row, text in zip(rows, texts, strict=True)
+    ]
 
 
 def _resolve(cfg: BenchmarkConfig) -> Benchmark:
@@ -225,7 +236,7 @@ def _build_reward(benchmark: Benchmark, settings: RewardConfig) -> Reward:
 
 
 def _prompt_format(
-    cfg: BenchmarkConfig, benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase
+    cfg: BenchmarkConfig, benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase | None
 ) -> PromptFormat:
     is_file = cfg.path is not None and Path(cfg.path).is_file()
     chat_template = benchmark.chat_template
@@ -235,7 +246,7 @@ def _prompt_format(
         prompt_field=benchmark.prompt_field,
         id_field=benchmark.id_field,
         fields=tuple(benchmark.fields.items()),
-        chat_template=bool(tokenizer.chat_template) if chat_template is None else chat_template,
+        chat_template=bool(tokenizer and tokenizer.chat_template) if chat_template is None else chat_template,
     )
 
 

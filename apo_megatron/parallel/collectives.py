@@ -36,16 +36,23 @@ def all_gather_objects(value: T, parallel: World) -> list[T]:
     return gathered
 
 
-def all_gather_arrays(array: np.ndarray, sizes: Sequence[int], parallel: World) -> list[np.ndarray]:
-    """The 1-D ``array`` of every rank, in rank order, on every rank; all know the ``sizes`` by rank."""
+def all_gather_arrays(
+    parts: Sequence[np.ndarray], sizes: Sequence[int], dtype: np.dtype, parallel: World
+) -> list[np.ndarray]:
+    """What every rank has, 1-D ``parts`` one after the other, in rank order, on every rank.
+
+    All know the ``sizes`` by rank, in elements.
+    """
+    # One collective of equal shares, each put together where it is sent from.
+    share = np.empty(max(sizes), dtype)
+    np.concatenate([share[:0], *parts], out=share[: sizes[parallel.rank]])
     if parallel.world == 1:
-        return [array]
-    longest = max(sizes)  # one collective of equal shares
-    padded = torch.from_numpy(np.pad(array, (0, longest - len(array)))).to(parallel.device)
-    gathered = padded.new_empty(parallel.world * longest)
-    dist.all_gather_into_tensor(gathered, padded, group=parallel.world_group)
-    shares = gathered.cpu().numpy().reshape(parallel.world, longest)
-    return [share[:size] for share, size in zip(shares, sizes, strict=True)]
+        return [share]
+    sent = torch.from_numpy(share).to(parallel.device)
+    gathered = sent.new_empty(parallel.world * len(share))
+    dist.all_gather_into_tensor(gathered, sent, group=parallel.world_group)
+    shares = gathered.cpu().numpy().reshape(parallel.world, -1)
+    return [of_rank[:size] for of_rank, size in zip(shares, sizes, strict=True)]
 
 
 def broadcast_from_main(value: T, parallel: World) -> T:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ from apo_megatron.rollout.server_command import read_api_key
 from apo_megatron.rollout.server_sources import server_source
 from apo_megatron.rollout.server_watch import Note
 from apo_megatron.rollout.sglang import SGLangEngine
-from apo_megatron.rollout.transport import build_transport
+from apo_megatron.rollout.transport import WeightTransport, build_transport
+from apo_megatron.rollout.transports.as_served import AS_SERVED, AsServedTransport
+from apo_megatron.weights.conversion.megatron_source import MegatronSource
 
 
 def build_engine(
@@ -48,9 +50,16 @@ def build_engine(
     Collective. ``run_folder`` is where logs of servers and files of weights go; ``note`` takes status lines.
     Raises CheckpointError where config.json cannot be read, ConfigError where the tokenizer does not fit.
     """
-    if rollout.engine == "sglang":
-        return _sglang_engine(rollout, model, _read_config(model), parallel, run_folder, note)
-    return build_embedded_engine(rollout, model, parallel.device)
+    if rollout.engine == "embedded":
+        return build_embedded_engine(rollout, model, parallel.device)
+    sglang = rollout.sglang
+
+    def make_transport(loop: EventLoopThread) -> WeightTransport:
+        starts_servers = not sglang.urls and sglang.servers_file is None
+        folder = run_folder / "rollout_weights"
+        return build_transport(sglang, parallel, loop, folder, same_machine=starts_servers)
+
+    return _sglang_engine(rollout, model, parallel, run_folder, note, make_transport)
 
 
 def build_embedded_engine(rollout: RolloutConfig, model: ModelConfig, device: torch.device) -> EmbeddedEngine:
@@ -63,11 +72,35 @@ def build_embedded_engine(rollout: RolloutConfig, model: ModelConfig, device: to
     return _embedded_engine(rollout, model, hf_model, policy_version=-1)
 
 
-def load_engine(rollout: RolloutConfig, model: ModelConfig, device: torch.device) -> RolloutEngine:
-    """The engine for evaluation without a trainer: with the weights of ``model.hf_path``, as version 0.
+def load_engine(
+    rollout: RolloutConfig,
+    model: ModelConfig,
+    parallel: ParallelContext,
+    run_folder: Path,
+    note: Note = print_note,
+) -> RolloutEngine:
+    """The engine for evaluation without a trainer: with the weights of ``model``, as version 0. Collective.
+
+    SGLang servers that run already are taken with the weights that they have; others are started with
+    those of ``model.hf_path``. Raises as ``build_engine`` and ``load_embedded_engine``, and RolloutError
+    where no server can be used.
+    """
+    if rollout.engine == "embedded":
+        return load_embedded_engine(rollout, model, parallel.device)
+    engine = _sglang_engine(
+        rollout, model, parallel, run_folder, note, lambda loop: AsServedTransport(parallel, loop)
+    )
+    engine.update_weights(AS_SERVED, version=0)
+    return engine
+
+
+def load_embedded_engine(rollout: RolloutConfig, model: ModelConfig, device: torch.device) -> EmbeddedEngine:
+    """An engine inside this process with the weights of ``model``, as version 0.
 
     Raises CheckpointError where files are missing or truncated, or do not hold exactly the model's tensors.
     """
+    if model.megatron_path is not None:
+        return _load_megatron(rollout, model, model.megatron_path, device)
     transformers_logging.disable_progress_bar()  # the run shows its own
     with _without_touching_random_state(device):
         try:
@@ -90,6 +123,15 @@ def load_engine(rollout: RolloutConfig, model: ModelConfig, device: torch.device
     return _embedded_engine(rollout, model, hf_model.to(device), policy_version=0)
 
 
+def _load_megatron(
+    rollout: RolloutConfig, model: ModelConfig, folder: str, device: torch.device
+) -> EmbeddedEngine:
+    engine = build_embedded_engine(rollout, model, device)
+    with MegatronSource(folder, config_from=model.hf_path) as source:
+        engine.load_weights((entry.to_hf([source.read(entry)]) for entry in source.entries), version=0)
+    return engine
+
+
 def _read_config(model: ModelConfig) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(model.hf_path)
@@ -100,11 +142,12 @@ def _read_config(model: ModelConfig) -> PreTrainedConfig:
 def _sglang_engine(
     rollout: RolloutConfig,
     model: ModelConfig,
-    config: PreTrainedConfig,
     parallel: ParallelContext,
     run_folder: Path,
     note: Note,
+    make_transport: Callable[[EventLoopThread], WeightTransport],
 ) -> SGLangEngine:
+    config = _read_config(model)
     tokenizer = load_tokenizer(model.hf_path)
     check_tokenizer(tokenizer, config.vocab_size, model.hf_path)
     eos_token_ids = frozenset(read_eos_token_ids(model.hf_path, tokenizer))
@@ -114,10 +157,7 @@ def _sglang_engine(
 
     api_key = read_api_key(rollout.sglang)
     loop = EventLoopThread()
-    starts_servers = not rollout.sglang.urls and rollout.sglang.servers_file is None
-    transport = build_transport(
-        rollout.sglang, parallel, loop, run_folder / "rollout_weights", same_machine=starts_servers
-    )
+    transport = make_transport(loop)
     source = None
     if parallel.is_main:  # servers load their weights while the trainer loads its own
         on_cpu = parallel.device.type == "cpu"

@@ -61,10 +61,32 @@ class EmbeddedEngine:
         does not say what the ``probe`` says; the engine then refuses to generate until a whole update went
         through.
         """
+        self.load_weights(source.buckets(), version)
+        metrics = {}
+        if probe is not None:
+            # Every rank has a model of its own: all stop where one of them is wrong.
+            gap = float(np.max(all_gather_objects(self._canary_gap(probe), source.parallel)))
+            if not gap <= self._max_canary_gap:  # true of NaN, too
+                self.policy_version = -1
+                raise RolloutError(
+                    f"after the update to version {version} the rollout model's log-probs differ from the "
+                    f"actor's by {gap:.4g} nats on average, more than rollout.max_canary_gap="
+                    f"{self._max_canary_gap:.4g}: the weights did not arrive as they are, or the two models "
+                    "compute differently"
+                )
+            metrics["canary_gap"] = gap
+        return metrics
+
+    @torch.no_grad()
+    def load_weights(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int) -> None:
+        """Copy named tensors into the weights of their Hugging Face name; no collective of its own.
+
+        Raises RolloutError where a name is unknown, a shape differs or a weight was not filled.
+        """
         self.policy_version = -1
         views = weight_views(self._model)
         filled: set[int] = set()
-        for bucket in source.buckets():
+        for bucket in buckets:
             filled |= _copy_bucket(views, bucket)
             del bucket  # its memory is needed for the next one
         # By address: a tied weight is filled under either of its names.
@@ -74,20 +96,7 @@ class EmbeddedEngine:
                 f"update to version {version} left {len(missing)} weights of the rollout model without "
                 f"a value: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
             )
-        metrics = {}
-        if probe is not None:
-            # Every rank has a model of its own: all stop where one of them is wrong.
-            gap = float(np.max(all_gather_objects(self._canary_gap(probe), source.parallel)))
-            if not gap <= self._max_canary_gap:  # true of NaN, too
-                raise RolloutError(
-                    f"after the update to version {version} the rollout model's log-probs differ from the "
-                    f"actor's by {gap:.4g} nats on average, more than rollout.max_canary_gap="
-                    f"{self._max_canary_gap:.4g}: the weights did not arrive as they are, or the two models "
-                    "compute differently"
-                )
-            metrics["canary_gap"] = gap
         self.policy_version = version
-        return metrics
 
     def start(
         self, requests: Sequence[SampleRequest], sampling: SamplingParams, progress: Progress | None = None
@@ -128,15 +137,16 @@ class EmbeddedEngine:
         if self.policy_version < 0:
             raise RolloutError("the rollout engine has no weights: call update_weights before generate")
         self._limits.check([request.prompt for request in requests], sampling)
-        rows_by_size: defaultdict[int, list[int]] = defaultdict(list)
+        rows_by_range: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         for row, request in enumerate(requests):
-            rows_by_size[request.num_samples].append(row)
+            rows_by_range[request.first, request.num_samples].append(row)
         completions: list[list[Completion]] = [[] for _ in requests]
-        for num_samples, rows in rows_by_size.items():
+        for (first, num_samples), rows in rows_by_range.items():
             lengths = [len(requests[row].prompt.token_ids) for row in rows]
             for indices, samples in plan_chunks(lengths, num_samples, self._max_batch_size):
                 chunk = [rows[i] for i in indices]
-                new = self._complete([requests[row].prompt for row in chunk], samples, sampling)
+                numbers = range(first + samples.start, first + samples.stop)
+                new = self._complete([requests[row].prompt for row in chunk], numbers, sampling)
                 for i, row in enumerate(chunk):
                     completions[row] += new[i * len(samples) : (i + 1) * len(samples)]
                 if progress is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -35,19 +36,17 @@ class SampleColumns:
 
     def samples(self, token_ids: np.ndarray, log_probs: np.ndarray) -> list[Sample]:
         """The samples; their arrays are views of the two, which hold one sample after the other."""
-        found = []
-        end = 0
-        for i, length in enumerate(self.lengths):
-            start, end = end, end + length
-            completion = Completion(
-                token_ids[start:end],
-                log_probs[start:end],
-                self.texts[i],
-                self.finish_reasons[i],
-                self.versions[i],
-            )
-            found.append(Sample(completion, self.rewards[i]))
-        return found
+        ends = [0, *accumulate(self.lengths)]
+        places = [slice(start, end) for start, end in pairwise(ends)]
+        rows = zip(
+            [token_ids[place] for place in places],
+            [log_probs[place] for place in places],
+            self.texts,
+            self.finish_reasons,
+            self.versions,
+            strict=True,
+        )
+        return [Sample(Completion(*row), reward) for row, reward in zip(rows, self.rewards, strict=True)]
 
 
 def gather_groups(
@@ -62,26 +61,24 @@ def gather_groups(
     if parallel.world == 1:
         return list(groups)
     completions = [sample.completion for group in groups for sample in group.samples]
-    token_ids = np.concatenate([np.empty(0, np.int32), *(c.token_ids for c in completions)])
-    log_probs = np.concatenate([np.empty(0, np.float32), *(c.log_probs for c in completions)])
+    group_sizes = [sum(columns.lengths) for _, _, columns in order]
     sizes = [0] * parallel.world  # tokens by rank
-    for _, rank, columns in order:
-        sizes[rank] += sum(columns.lengths)
-    both = np.concatenate([token_ids, log_probs.view(np.int32)])  # bit for bit
-    shares = all_gather_arrays(both, [2 * size for size in sizes], parallel)
+    for (_, rank, _), size in zip(order, group_sizes, strict=True):
+        sizes[rank] += size
+    parts = [c.token_ids for c in completions] + [c.log_probs.view(np.int32) for c in completions]
+    shares = all_gather_arrays(parts, [2 * size for size in sizes], np.dtype(np.int32), parallel)
     mine = iter(groups)
     starts = [0] * parallel.world
     gathered = []
-    for prompt, rank, columns in order:
-        start, size = starts[rank], sum(columns.lengths)
-        starts[rank] += size
+    for (prompt, rank, columns), size in zip(order, group_sizes, strict=True):
         if rank == parallel.rank:
             gathered.append(next(mine))
             continue
-        of_rank, log_probs_start = shares[rank], sizes[rank] + start
+        start, log_probs_start = starts[rank], sizes[rank] + starts[rank]
+        starts[rank] += size
         samples = columns.samples(
-            of_rank[start : start + size],
-            of_rank[log_probs_start : log_probs_start + size].view(np.float32),
+            shares[rank][start : start + size],
+            shares[rank][log_probs_start : log_probs_start + size].view(np.float32),  # bit for bit
         )
         gathered.append(SampleGroup(prompt, samples))
     return gathered

@@ -11,7 +11,8 @@ import torch
 from apo_megatron.config import EvaluationConfig, ParallelConfig, RolloutConfig
 from apo_megatron.errors import RolloutError
 from apo_megatron.evaluate import main
-from apo_megatron.evaluation.harness import PassAtKResult, evaluate_pass_at_k
+from apo_megatron.evaluation.harness import evaluate_pass_at_k
+from apo_megatron.evaluation.result import PassAtKResult
 from apo_megatron.parallel.state import ParallelContext, init_parallel
 from tests.test_evaluate import DigitReward, FirstTokenReward, ScriptedEngine, make_prompts
 from tests.test_rollout import make_engine
@@ -43,6 +44,13 @@ def evaluate_on_ranks(payload: dict[str, Any]) -> dict[str, Any]:
         "problems_shown": int(np.sum([problems for problems, _ in steps])),
         "single": single.to_json(),
     }
+
+
+def run_command_line(payload: dict[str, Any]) -> int:
+    """The command in a process of one rank or of several."""
+    code = main(payload["argv"])
+    assert code == 0
+    return code
 
 
 def _remote(

@@ -16,7 +16,7 @@ function sampleBox(sample) {
       html("span", { class: `verdict ${sample.verdict}` }, MARKS[sample.verdict]),
       html("span", { class: "answer" }, sample.answer === null ? "no answer" : html("bdi", { class: "data" }, sample.answer)),
       sample.is_truncated ? html("span", { class: "truncated" }, "truncated") : null,
-      html("span", { class: "facts" }, `sample ${sample.index} \u00b7 ${grouped(sample.num_tokens)} tokens`)),
+      html("span", { class: "facts" }, `sample ${sample.index}${sample.num_tokens === null ? "" : ` \u00b7 ${grouped(sample.num_tokens)} tokens`}`)),
     text,
     sample.num_left_out ? html("p", { class: "cut" }, `${grouped(sample.num_left_out)} more characters are left out here`) : null);
   if (sample.text.length > 450 || sample.text.split("\n").length > 7) {

@@ -31,7 +31,7 @@ class BenchmarkResult(BaseModel):
     ci95: dict[Positive, tuple[float, float]]
     majority_at_k: dict[Positive, Share] = {}
     majority_ci95: dict[Positive, tuple[float, float]] = {}
-    mean_response_length: Annotated[float, Field(ge=0)]  # tokens
+    mean_response_length: Annotated[float, Field(ge=0)] | None  # tokens; None where it is not known
     truncation_rate: Share
     distinct_correct: Annotated[float, Field(ge=0)]  # different right answers per problem, mean
     verifier_failures: Count  # samples that could not be judged

@@ -31,7 +31,7 @@ class _Generation(BaseModel):
     sample: int
     text: str
     finish_reason: str
-    num_tokens: int
+    num_tokens: int | None
     reward: float | None
     answer: str | None = None
 
@@ -44,7 +44,7 @@ class Sample:
     num_left_out: int  # characters after them
     answer: str | None
     is_truncated: bool  # the model was stopped at the largest length
-    num_tokens: int
+    num_tokens: int | None
 
     def cut(self, num_characters: int) -> Sample:
         left_out = max(0, len(self.text) - num_characters)

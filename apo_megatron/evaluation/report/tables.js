@@ -4,6 +4,7 @@ function numbersTable(benchmark, labels) {
   const checkpoints = benchmark.checkpoints, total = benchmark.problems.length * benchmark.num_samples;
   const withInterval = (value) => (value ? [percent(value[0]), html("small", {}, interval(value))] : "\u2013");
   const plain = (text) => [text, html("small", {})];
+  const length = ({ mean_response_length: tokens }) => plain(tokens === null ? "not known" : grouped(Math.round(tokens)));
   const row = (name, cell, isFirst) => html("tr", { class: isFirst ? "group" : null }, html("th", { scope: "row" }, name), checkpoints.map((checkpoint) => html("td", {}, cell(checkpoint))));
   const majority = Object.keys(checkpoints[0].majority_at_k);
   const rows = [
@@ -11,7 +12,7 @@ function numbersTable(benchmark, labels) {
     benchmark.ks.includes(1) ? null : row("mean@n, %", (checkpoint) => plain(percent(checkpoint.mean_at_n))),
     ...majority.map((k, i) => row(`majority@${k}, %`, (checkpoint) => withInterval(checkpoint.majority_at_k[k]), i === 0)),
     row("distinct right answers per problem", (checkpoint) => plain(checkpoint.distinct_correct.toFixed(2)), true),
-    row("mean length, tokens", (checkpoint) => plain(grouped(Math.round(checkpoint.mean_response_length)))),
+    row("mean length, tokens", length),
     row("truncated, %", (checkpoint) => plain(percent(checkpoint.truncation_rate))),
     row("verifier failures", (checkpoint) => plain(`${grouped(checkpoint.verifier_failures)} of ${grouped(total)}`)),
   ];
