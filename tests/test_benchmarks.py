@@ -91,7 +91,7 @@ PUBLISHED: dict[str, tuple[list[dict[str, Any]], str, list[str]]] = {
             {"question": "Energy?", "answer": "4e33"},
         ],
         "Two telescopes.",
-        ["1.6", "4e33"],
+        ["1.6", "4 \\times 10^{33}"],
     ),
     "olympiadbench": (
         [
@@ -116,7 +116,7 @@ PUBLISHED: dict[str, tuple[list[dict[str, Any]], str, list[str]]] = {
     "gsm8k": (
         [
             {"question": "Ducks lay 16 eggs.", "answer": "16 - 3 = <<16-3=13>>13\n#### 18"},
-            {"question": "A house?", "answer": "So it is #1.\n#### 70,000"},
+            {"question": "A house?", "answer": "#### Cost\nSo it is #1.\n#### 70,000"},
         ],
         "Ducks lay 16 eggs.",
         ["18", "70000"],
@@ -187,7 +187,8 @@ def test_the_gold_answers_are_what_is_judged_right(
     loaded: list[LoadedBenchmark] = []
     for name, (rows, _, _) in PUBLISHED.items():
         path = write_jsonl(tmp_path / f"{name}.jsonl", rows)
-        loaded.append(load_benchmark(BenchmarkConfig(name=name, path=path), tokenizer))
+        cfg = BenchmarkConfig(name=name, path=path)
+        loaded.append(load_benchmark(cfg, tokenizer, settings=RewardConfig(timeout=60.0)))
     prompts = [prompt for benchmark in loaded for prompt in benchmark.prompts]
     golds = [gold for _, _, of_benchmark in PUBLISHED.values() for gold in of_benchmark]
     completions = [[answered(f"So $\\boxed{{{gold}}}$."), answered("$\\boxed{12345}$")] for gold in golds]
@@ -289,6 +290,14 @@ def test_problems_of_ones_own(tmp_path: Path, chat_tokenizer: PreTrainedTokenize
     assert [prompt.fields["answer"] for prompt in loaded.prompts] == [3, 4]
     assert loaded.reward.required_fields == {"answer": object}
     assert loaded.reward._workers._timeout == 9.0  # type: ignore[attr-defined]
+
+
+def test_a_function_of_ones_own_reads_the_extracted_answer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = write_jsonl(tmp_path / "gsm8k.jsonl", PUBLISHED["gsm8k"][0])
+    loaded = load_benchmark(BenchmarkConfig(name="gsm8k", path=path, reward="math:sqrt"), tokenizer)
+    assert [prompt.fields["answer"] for prompt in loaded.prompts] == ["18", "70000"]
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def _no_problems(name: str) -> str:
     if name in BENCHMARKS:
         return (
             f"benchmark {name!r} is not on the hub: name a local file as path (python "
-            f"examples/countdown/prepare.py --out DIR writes DIR/heldout.jsonl)"
+            "examples/countdown/prepare.py --out DIR writes DIR/heldout.jsonl)"
         )
     near = get_close_matches(name.lower(), BENCHMARKS, n=1)
     advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(BENCHMARKS)};"
@@ -253,9 +253,10 @@ def _prompt_format(
 def _prepared(row: PromptRow, benchmark: Benchmark, reward: Reward) -> PromptRow:
     """The row as the model is asked and the reward reads it."""
     fields = dict(row.fields)
-    if ANSWER in reward.required_fields:
+    extraction = benchmark.answer_extraction
+    if ANSWER in reward.required_fields or extraction != "as_is":  # functions of users read it, too
         column = benchmark.fields.get(ANSWER, ANSWER)
-        fields[ANSWER] = extracted_answer(fields[ANSWER], benchmark.answer_extraction, column, row.place)
+        fields[ANSWER] = extracted_answer(fields.get(ANSWER), extraction, column, row.place)
     prompt = row.prompt
     if isinstance(prompt, str):
         context = fields.get(benchmark.context_field) if benchmark.context_field is not None else None
