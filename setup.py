@@ -36,7 +36,7 @@ EXTRAS_REQUIRE = {
     "sglang": ["sglang"],  # pins its own torch and transformers: give it an environment of its own
     "ray": ["ray>=2.50,<3"],  # the launcher reaches into its list of free resources, which has no public name
     "wandb": ["wandb"],
-    "dev": ["pytest>=8", "ruff", "mypy", "types-PyYAML", "pre-commit", "ray>=2.50,<3"],
+    "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff", "mypy", "types-PyYAML", "pre-commit", "ray>=2.50,<3"],
 }
 
 setup(

@@ -28,6 +28,7 @@ from apo_megatron.evaluation.sample_store import SampleWriter
 from apo_megatron.evaluation.standalone import BenchmarkRun, write_results
 from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.parallel.state import ParallelContext, init_parallel
+from apo_megatron.rewards.interface import WorkerReward
 from apo_megatron.rollout.build import load_engine
 from apo_megatron.rollout.engine import RolloutEngine
 from apo_megatron.rollout.transports.as_served import AS_SERVED
@@ -151,6 +152,8 @@ def _complete(run: BenchmarkRun, engine: _Engine, parallel: ParallelContext, dis
     if units:
         engine.get()
     on_every_rank(complete, parallel)
+    if isinstance(run.reward, WorkerReward):
+        run.reward.close()
 
 
 def result_table(result: PassAtKResult, title: str) -> Table:

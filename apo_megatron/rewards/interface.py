@@ -36,6 +36,15 @@ class BatchReward(Reward, Protocol):
 
 
 @runtime_checkable
+class WorkerReward(Reward, Protocol):
+    """A reward with processes of its own."""
+
+    def close(self) -> None:
+        """End them; the next answer starts new ones."""
+        ...
+
+
+@runtime_checkable
 class AnswerReward(Reward, Protocol):
     """A reward that reads a final answer, which majority voting counts."""
 
