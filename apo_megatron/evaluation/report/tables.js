@@ -15,7 +15,7 @@ function numbersTable(benchmark, labels) {
     row("truncated, %", (checkpoint) => plain(percent(checkpoint.truncation_rate))),
     row("verifier failures", (checkpoint) => plain(`${grouped(checkpoint.verifier_failures)} of ${grouped(total)}`)),
   ];
-  return html("div", { class: "scroll" }, html("table", { class: "numbers", id: "numbers" },
+  return html("div", { class: "scroll" }, html("table", { class: labels.length > 3 ? "numbers stacked" : "numbers", id: "numbers" },
     html("thead", {}, html("tr", {}, html("th", {}), labels.map((label, m) => html("th", { scope: "col" }, chip(m, label))))),
     html("tbody", {}, rows)));
 }
