@@ -28,7 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 KS, NUM_SAMPLES, NUM_PROBLEMS = (1, 4, 16), 20, 30
 HOSTILE = (
     "</script><script>document.documentElement.dataset.hacked = 1</script>",
+    "</script x='",
+    "</SCRIPT\n",
     "<!--<script>",
+    "<!-- <script ",
     "<img src=x onerror=\"document.documentElement.dataset.hacked='2'\">",
     "\x1b[2J\x1b]0;title\x07 NUL \x00 and \u2028 \u2029 \u202e reversed \ufeff",
     "lone \ud800 surrogate, ]]> &lt;b&gt; ${title} <!-- data -->",
