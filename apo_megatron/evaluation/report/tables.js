@@ -5,7 +5,7 @@ function numbersTable(benchmark, labels) {
   const withInterval = (value) => (value ? [percent(value[0]), html("small", {}, interval(value))] : "\u2013");
   const plain = (text) => [text, html("small", {})];
   const row = (name, cell, isFirst) => html("tr", { class: isFirst ? "group" : null }, html("th", { scope: "row" }, name), checkpoints.map((checkpoint) => html("td", {}, cell(checkpoint))));
-  const majority = Object.keys(checkpoints[0].majority_at_k);
+  const majority = [...new Set(checkpoints.flatMap((checkpoint) => Object.keys(checkpoint.majority_at_k)))].sort((a, b) => a - b);
   const rows = [
     ...benchmark.ks.map((k) => row(k === 1 ? "Pass@1 (mean@n), %" : `Pass@${k}, %`, (checkpoint) => withInterval(checkpoint.pass_at_k[k]))),
     benchmark.ks.includes(1) ? null : row("mean@n, %", (checkpoint) => plain(percent(checkpoint.mean_at_n))),
