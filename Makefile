@@ -64,7 +64,7 @@ both: # at the same time: most of it is waiting for downloads
 # Tests of the HTML report open it in Chromium, and are skipped without one.
 browser: # quiet, and only where it can: nothing else needs it
 	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
-	    && echo "installing Chromium for the tests of the report" && apt-get -qq update >/dev/null 2>&1 \
+	    && echo "installing Chromium for the tests of the report" && timeout 120 apt-get -qq update >/dev/null 2>&1 \
 	    && DEBIAN_FRONTEND=noninteractive timeout 600 apt-get -qq install --yes --no-install-recommends \
 	        chromium fonts-dejavu-core >/dev/null 2>&1; } \
 	    || echo "no Chromium: the tests that open the report in a browser are skipped"

@@ -28,7 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 KS, NUM_SAMPLES, NUM_PROBLEMS = (1, 4, 16), 20, 30
 HOSTILE = (
     "</script><script>document.documentElement.dataset.hacked = 1</script>",
+    "</script x='",
+    "</SCRIPT\n",
     "<!--<script>",
+    "<!-- <script ",
     "<img src=x onerror=\"document.documentElement.dataset.hacked='2'\">",
     "\x1b[2J\x1b]0;title\x07 NUL \x00 and \u2028 \u2029 \u202e reversed \ufeff",
     "lone \ud800 surrogate, ]]> &lt;b&gt; ${title} <!-- data -->",
@@ -118,7 +121,7 @@ def test_warnings_in_words(base: Path, trained: Path, tmp_path: Path) -> None:
     assert re.search(r"Pass@1 rose by [\d.]+ points while Pass@16 fell by [\d.]+ points against base", text)
     assert "7.0 % of the samples were cut off" in text
     assert "3 of 600 samples (0.5 %) could not be judged" in text
-    assert "own left out" in text and "rests on all" not in text
+    assert "own left out" in text and "no width" not in text and "rests on all" not in text
 
 
 def test_a_contraction_that_may_be_chance_is_not_claimed(tmp_path: Path) -> None:
@@ -130,6 +133,13 @@ def test_a_contraction_that_may_be_chance_is_not_claimed(tmp_path: Path) -> None
     text = "\n".join(w["text"] for w in data_of(tmp_path / "report.html")["warnings"])
     assert "may have moved by chance" in text and "is contracting" not in text
     assert "Pass@20 rests on all 20 samples" in text
+
+
+def test_an_interval_without_width_is_no_certainty(tmp_path: Path) -> None:
+    result = benchmark_result([4, 4, 4], 8, (1, 2, 4))
+    write_report([write_evaluation(tmp_path / "a", "a", {"math": result})], tmp_path / "report.html")
+    (warning,) = data_of(tmp_path / "report.html")["warnings"]
+    assert "the same Pass@1, Pass@2, Pass@4. The intervals have no width" in warning["text"]
 
 
 def test_samples_are_few_and_cut_and_of_both_verdicts(base: Path, tmp_path: Path) -> None:

@@ -173,7 +173,12 @@ def _loaded_after(statement: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import apo_megatron", "from apo_megatron.evaluation import pass_at_k", "import apo_megatron.config"],
+    [
+        "import apo_megatron",
+        "from apo_megatron.evaluation import pass_at_k",
+        "import apo_megatron.config",
+        "import apo_megatron.evaluation.report",
+    ],
 )
 def test_import_is_light(statement: str) -> None:
     heavy = {"torch", "torch.distributed", "megatron", "transformers", "ray", "sglang", "datasets"}

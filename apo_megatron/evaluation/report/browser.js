@@ -42,7 +42,7 @@ function detailOf(benchmark, benchmarkPlace, labels, pair, i) {
     html("div", { class: "columns" }, checkpoints.map((m) => {
       const shown = samplesOf(benchmarkPlace, m)[i], checkpoint = benchmark.checkpoints[m];
       return html("div", { "data-checkpoint": m },
-        html("h4", {}, chip(m, labels[m]), ` ${checkpoint.correct[i]} right of ${n}, ${shown.length} shown`),
+        html("h4", {}, chip(m, labels[m]), ` ${checkpoint.correct[i]} right of ${grouped(n)}, ${shown.length} shown`),
         shown.map(sampleBox),
         shown.length ? null : html("p", { class: "note" }, "No sample is in the page; see the folder of the evaluation."));
     })),
@@ -64,7 +64,7 @@ function browserCard(benchmark, benchmarkPlace, labels, pair) {
   const items = benchmark.problems.map(({ id }, i) =>
     html("div", { class: "problem", role: "option", id: `problem-${i}`, "aria-selected": "false", click: () => { select(i); list.focus({ preventScroll: true }); } },
       html("span", {}, html("bdi", { class: "data" }, id)),
-      (isPair ? pair : [a]).map((m) => html("b", { class: colour(m), title: `${benchmark.checkpoints[m].correct[i]} right of ${n}, ${labels[m]}` }, benchmark.checkpoints[m].correct[i]))));
+      (isPair ? pair : [a]).map((m) => html("b", { class: colour(m), title: `${benchmark.checkpoints[m].correct[i]} right of ${grouped(n)}, ${labels[m]}` }, benchmark.checkpoints[m].correct[i]))));
   let listed = [], selected = null;
 
   function filter() {
@@ -110,7 +110,7 @@ function browserCard(benchmark, benchmarkPlace, labels, pair) {
   const section = card("", "Samples",
     `For each problem and checkpoint the first samples, right and wrong ones alike: at most ${most("num_shown")}, cut at ` +
       `${grouped(most("num_characters"))} characters, so they show what answers look like, not how often they are right. ` +
-      `The numbers in the list are right samples of ${n}.`,
+      `The numbers in the list are right samples of ${grouped(n)}.`,
     html("div", { class: "tools" }, group, search, count, html("span", { class: "note" }, html("kbd", {}, "\u2191"), " ", html("kbd", {}, "\u2193"), " next problem  ", html("kbd", {}, "/"), " search")),
     html("div", { class: "browser" }, list, detail));
   section.id = "browser";

@@ -58,13 +58,12 @@ def warnings_of(
                 f"{evaluation.label}: {_percent(result.truncation_rate)} of the samples were cut off at the "
                 "largest length, mostly before an answer. A longer limit may change the result."
             )
-        for k in shared_ks(evaluations, benchmark):
-            low, high = result.ci95[k]
-            if low == high:
-                found.append(
-                    f"{evaluation.label}: all problems have the same Pass@{k}, so its interval has no width; "
-                    "that says nothing about its certainty."
-                )
+        flat = [f"Pass@{k}" for k in shared_ks(evaluations, benchmark) if len(set(result.ci95[k])) == 1]
+        if flat:
+            found.append(
+                f"{evaluation.label}: all problems have the same {', '.join(flat)}. The intervals have no "
+                "width, which says nothing about how certain that is."
+            )
     n = evaluations[0].benchmarks[benchmark].num_samples
     if n > 1 and n in shared_ks(evaluations, benchmark):
         found.append(

@@ -1,5 +1,7 @@
 // Pass@K curves, and Pass@1 against Pass@K.
 
+const LETTER = 8; // width of a letter of a label, at most
+
 const scale = (from, to, start, end) => (value) => start + ((value - from) / (to - from || 1)) * (end - start);
 
 // Ends and step of an axis in per cent that holds all values, never an empty one.
@@ -41,7 +43,7 @@ function passCurves(benchmark, labels) {
   const rows = benchmark.checkpoints.map((checkpoint) => benchmark.ks.map((k) => checkpoint.pass_at_k[k]));
   return chart((width) => {
     const height = 350, left = 42, top = 30, bottom = height - 42;
-    const room = Math.min(width * 0.3, 16 + 7.4 * Math.max(...labels.map((label) => Math.min(label.length, 24))));
+    const room = Math.min(width * 0.32, 14 + LETTER * Math.max(...labels.map((label) => Math.min(label.length, 24))));
     const right = width - room;
     const axis = axisOf(rows.flat(2), bottom - top);
     const logs = benchmark.ks.map(Math.log2);
@@ -56,7 +58,7 @@ function passCurves(benchmark, labels) {
     };
     const drawing = svg(
       "svg",
-      { width, height, role: "img", "aria-label": `Pass@K of ${labels.join(", ")}; the numbers are in the table` },
+      { width, height, class: rows.length > 3 ? "many" : null, role: "img", "aria-label": `Pass@K of ${labels.join(", ")}; the numbers are in the table` },
       verticalAxis(axis, y, left, right, "Pass@K, %"),
       svg("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }),
       logs.map((log, i) => [
@@ -75,9 +77,9 @@ function passCurves(benchmark, labels) {
         svg(
           "g",
           { class: colour(m) },
-          svg("path", { class: m < 6 ? "line" : "line second-round", d: path(row.map((value) => value[0])) }),
+          svg("path", { class: m < 8 ? "line" : "line second-round", d: path(row.map((value) => value[0])) }),
           row.map((value, i) => svg("circle", { class: "point", cx: x(logs[i]), cy: y(value[0]), r: 3.6 })),
-          svg("text", { class: "label", x: right + 6, y: ends[m] + 4 }, short(labels[m], Math.floor(room / 7.4))),
+          svg("text", { class: "label", x: right + 6, y: ends[m] + 4 }, short(labels[m], Math.floor((room - 6) / LETTER))),
         ),
       ),
       svg("rect", {
@@ -123,7 +125,7 @@ function frontier(benchmark, labels) {
         right - baseX > 150 && bottom - baseY > 40 && svg("text", { class: "corner", x: right - 5, y: bottom - 8, "text-anchor": "end" }, "sharper but narrower"),
       ].filter(Boolean) : [],
       points.map(([px, py], m) => {
-        const cx = x(px[0]), cy = y(py[0]), toLeft = cx + 12 + 7.6 * Math.min(labels[m].length, 24) > right;
+        const cx = x(px[0]), cy = y(py[0]), toLeft = cx + 12 + LETTER * Math.min(labels[m].length, 24) > right;
         return svg(
           "g",
           { class: colour(m) },

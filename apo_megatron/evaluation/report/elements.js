@@ -36,7 +36,8 @@ function element(space, tag, attributes, children) {
 const html = (tag, attributes = {}, ...children) => element("http://www.w3.org/1999/xhtml", tag, attributes, children);
 const svg = (tag, attributes = {}, ...children) => element("http://www.w3.org/2000/svg", tag, attributes, children);
 
-const colour = (checkpoint) => `c${checkpoint % 6}`;
+// Grey is the reference alone; the others start again after seven, with dashes.
+const colour = (checkpoint) => (checkpoint ? `c${1 + ((checkpoint - 1) % 7)}` : "c0");
 const chip = (checkpoint, ...children) => html("span", { class: `chip ${colour(checkpoint)}` }, html("bdi", { class: "data" }, ...children));
 
 const percent = (share) => (100 * share).toFixed(1);

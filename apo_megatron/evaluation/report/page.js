@@ -8,8 +8,9 @@ let browser = null;
 
 function header() {
   const sizes = benchmarks.map((b) => `${b.name}: ${grouped(b.problems.length)} problems \u00d7 ${grouped(b.num_samples)} samples`);
+  const others = labels.length > 3 ? `${labels.length - 1} checkpoints` : labels.slice(1).join(", ");
   return html("header", {},
-    html("h1", {}, labels.length > 1 ? `${labels.slice(1).join(", ")} against ${labels[0]}` : labels[0]),
+    html("h1", {}, labels.length > 1 ? `${others} against ${labels[0]}` : labels[0]),
     html("p", {}, sizes.join(" \u00b7 ")),
     html("div", { class: "chips" }, labels.map((label, m) => chip(m, label, m === 0 && labels.length > 1 ? html("small", {}, " (reference)") : null))),
     html("p", { class: "note" },
@@ -44,7 +45,7 @@ function draw() {
   const cards = [
     card("span7", `${benchmark.name}: Pass@K`, "Chance that at least one of K samples is right, mean over problems; bands are 95 % intervals.", passCurves(benchmark, labels)),
     card("span5", "Efficiency and diversity", "One sample against many; crosses are 95 % intervals.", frontier(benchmark, labels)),
-    ...(isPair ? [stripCard(benchmark, labels, pair, browser.open)] : []),
+    stripCard(benchmark, labels, pair, browser.open),
     ...numbersCards(benchmark, labels),
     ...(isPair ? [flipsCard(benchmark, labels, pair, browser.open)] : []),
     browser.section,

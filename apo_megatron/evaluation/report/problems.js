@@ -20,7 +20,7 @@ function strip(benchmark, labels, [a, b], open) {
       const cx = x(place), cy = y(ofB[i]);
       if (ofA[i] > 0 && ofB[i] === 0) return svg("path", { class: "lost", d: `M${cx - radius - 1},${cy - 2 * radius - 1}h${2 * radius + 2}l${-radius - 1},${2 * radius + 2}Z` });
       if (ofA[i] === 0 && ofB[i] > 0) return svg("path", { class: "won", d: `M${cx - radius - 1},${cy + radius}h${2 * radius + 2}l${-radius - 1},${-2 * radius - 2}Z` });
-      return svg("circle", { class: `point ${colour(b)}`, cx, cy, r: radius });
+      return svg("circle", { class: `${radius < 3 ? "dot" : "point"} ${colour(b)}`, cx, cy, r: radius });
     };
     const drawing = svg(
       "svg",
@@ -36,7 +36,7 @@ function strip(benchmark, labels, [a, b], open) {
       order.map((i, place) =>
         ofA[i] === ofB[i] ? null : svg("line", { class: `stem ${ofA[i] > 0 && ofB[i] === 0 ? "lost" : ofA[i] === 0 ? "won" : colour(b)}`, x1: x(place), x2: x(place), y1: y(ofA[i]), y2: y(ofB[i]), "stroke-width": Math.max(1, Math.min(3, slot * 0.18)) }),
       ),
-      order.map(mark),
+      a === b ? [] : order.map(mark),
       svg("text", { class: "title", x: (left + right) / 2, y: height - 6, "text-anchor": "middle" }, `${order.length} problems, hardest for ${short(labels[a], 24)} first`),
       svg("rect", {
         class: "catcher opens", x: left, y: top - 6, width: right - left, height: bottom - top + 12,
@@ -45,8 +45,8 @@ function strip(benchmark, labels, [a, b], open) {
           cursor.setAttribute("x1", x(place));
           cursor.setAttribute("x2", x(place));
           cursor.classList.add("on");
-          showTip(event, html("b", {}, benchmark.problems[i].id), html("table", {}, [[a, ofA], [b, ofB]].map(([m, counts]) =>
-            html("tr", {}, html("td", {}, chip(m, short(labels[m], 40))), html("td", {}, html("b", {}, `${counts[i]} of ${n}`))))));
+          showTip(event, html("b", {}, benchmark.problems[i].id), html("table", {}, (a === b ? [[a, ofA]] : [[a, ofA], [b, ofB]]).map(([m, counts]) =>
+            html("tr", {}, html("td", {}, chip(m, short(labels[m], 40))), html("td", {}, html("b", {}, `${counts[i]} of ${grouped(n)}`))))));
         },
         pointerleave: () => { cursor.classList.remove("on"); hideTip(); },
         click: (event) => open(order[at(event)]),
@@ -74,8 +74,8 @@ function stripCard(benchmark, labels, pair, open) {
   return card(
     "",
     "Solve rate of each problem",
-    `The step line is ${labels[a]}, the points are ${labels[b]}. A click opens the samples of a problem.`,
-    html("div", { class: "legend" },
+    (a === b ? "" : `The step line is ${labels[a]}, the points are ${labels[b]}. `) + "A click opens the samples of a problem.",
+    a === b ? null : html("div", { class: "legend" },
       chip(a, labels[a]), chip(b, labels[b]),
       html("span", { class: "verdict wrong" }, `\u25bc ${only("only_a")} lost: solved by ${labels[a]} only`),
       html("span", { class: "verdict right" }, `\u25b2 ${only("only_b")} won: solved by ${labels[b]} only`)),
@@ -94,14 +94,14 @@ function flipsCard(benchmark, labels, pair, open) {
       html("ol", { "data-group": group }, found.map((i) =>
         html("li", {}, html("button", { class: "flip", type: "button", click: () => open(i) },
           html("span", {}, html("bdi", { class: "data" }, benchmark.problems[i].id)),
-          html("span", { class: "counts" }, html("b", { class: colour(a) }, ofA[i]), ` of ${n} \u2192 `, html("b", { class: colour(b) }, ofB[i]), ` of ${n}`))))));
+          html("span", { class: "counts" }, html("b", { class: colour(a) }, ofA[i]), ` of ${grouped(n)} \u2192 `, html("b", { class: colour(b) }, ofB[i]), ` of ${grouped(n)}`))))));
   };
   const p = benchmark.flip_p_values[a][b];
   return card(
     "",
     "Problems lost and won",
-    `Solved means at least one right sample of ${n}. Both solve ${inGroup(benchmark, pair, "both").length} problems, neither ` +
-      `${inGroup(benchmark, pair, "neither").length}. McNemar's exact test on the flips: p ${p < 0.001 ? "" : "= "}${chance(p)}. A flip at 1 of ${n} is one lucky sample.`,
+    `Solved means at least one right sample of ${grouped(n)}. Both solve ${inGroup(benchmark, pair, "both").length} problems, neither ` +
+      `${inGroup(benchmark, pair, "neither").length}. McNemar's exact test on the flips: p ${p < 0.001 ? "" : "= "}${chance(p)}. A flip at 1 of ${grouped(n)} is one lucky sample.`,
     html("div", { class: "lists" }, list("only_a", -1), list("only_b", 1)),
   );
 }

@@ -6,7 +6,7 @@ function numbersTable(benchmark, labels) {
   const plain = (text) => [text, html("small", {})];
   const length = ({ mean_response_length: tokens }) => plain(tokens === null ? "not known" : grouped(Math.round(tokens)));
   const row = (name, cell, isFirst) => html("tr", { class: isFirst ? "group" : null }, html("th", { scope: "row" }, name), checkpoints.map((checkpoint) => html("td", {}, cell(checkpoint))));
-  const majority = Object.keys(checkpoints[0].majority_at_k);
+  const majority = [...new Set(checkpoints.flatMap((checkpoint) => Object.keys(checkpoint.majority_at_k)))].sort((a, b) => a - b);
   const rows = [
     ...benchmark.ks.map((k) => row(k === 1 ? "Pass@1 (mean@n), %" : `Pass@${k}, %`, (checkpoint) => withInterval(checkpoint.pass_at_k[k]))),
     benchmark.ks.includes(1) ? null : row("mean@n, %", (checkpoint) => plain(percent(checkpoint.mean_at_n))),
@@ -16,7 +16,7 @@ function numbersTable(benchmark, labels) {
     row("truncated, %", (checkpoint) => plain(percent(checkpoint.truncation_rate))),
     row("verifier failures", (checkpoint) => plain(`${grouped(checkpoint.verifier_failures)} of ${grouped(total)}`)),
   ];
-  return html("div", { class: "scroll" }, html("table", { class: "numbers", id: "numbers" },
+  return html("div", { class: "scroll" }, html("table", { class: labels.length > 3 ? "numbers stacked" : "numbers", id: "numbers" },
     html("thead", {}, html("tr", {}, html("th", {}), labels.map((label, m) => html("th", { scope: "col" }, chip(m, label))))),
     html("tbody", {}, rows)));
 }
