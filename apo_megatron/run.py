@@ -14,6 +14,7 @@ from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.actor.checkpoint_files import LATEST_FILE
 from apo_megatron.actor.checkpointer import Checkpointer
 from apo_megatron.config import RLConfig, SFTConfig, dump_config
+from apo_megatron.data.collate import Batch
 from apo_megatron.errors import CheckpointError, ConfigError, RunInterrupted, TrainingError
 from apo_megatron.evaluation.harness import evaluate_pass_at_k
 from apo_megatron.evaluation.result import PassAtKResult
@@ -21,6 +22,8 @@ from apo_megatron.files import write_atomically
 from apo_megatron.parallel.collectives import all_gather_objects, any_rank, barrier
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.rollout.engine import RolloutEngine
+from apo_megatron.rollout.sampler import StepSamples
+from apo_megatron.rollout.step_files import StepFiles
 from apo_megatron.telemetry.metrics import METRICS_FILE, MetricsLogger, check_destinations
 from apo_megatron.telemetry.progress import Advance, RunDisplay
 from apo_megatron.telemetry.stop_request import StopRequest
@@ -48,6 +51,7 @@ class Run:
             check_destinations(cfg.logging)
             self.folder.mkdir(parents=True, exist_ok=True)
         self._logger: MetricsLogger | None = None
+        self._step_files: StepFiles | None = None
         self._metrics: Mapping[str, float] = {}  # of the last step
         self._stop_request = StopRequest()
         self._exporter = HFExporter(cfg.model.hf_path, parallel)
@@ -89,12 +93,17 @@ class Run:
             if not restored.same_layout:
                 self.note("the layout is another one: the random state is seeded anew")
         self._logger = MetricsLogger(self.folder, self._cfg.logging, self._parallel.is_main, start)
+        if isinstance(self._cfg, RLConfig):
+            self._step_files = StepFiles(self._cfg.train, self._parallel, start)
+            self._closing.callback(self._step_files.close)
         if self._parallel.is_main:
             dump_config(self._cfg, self.folder / "config.yaml")
         return start
 
     def finish(self, checkpointer: Checkpointer, actor: MegatronActor) -> None:
         """What is configured for the end of a run: a checkpoint, the model in Hugging Face format."""
+        if self._step_files is not None:
+            self._step_files.finish()
         if self._cfg.checkpoint.save_final:
             checkpointer.save(self._cfg.train.num_steps, self._metrics)
         checkpointer.finish()
@@ -115,6 +124,13 @@ class Run:
         """Whether something that happens every ``interval`` steps (0 = never) follows ``step``."""
         return interval > 0 and (step + 1) % interval == 0 and step + 1 < self._cfg.train.num_steps
 
+    def save_samples(self, step: int, samples: StepSamples, batch: Batch | None) -> None:
+        """Write the samples of ``step`` (counted from 0) into run_dir/rollouts, where it is due; ``batch`` is
+        what it trained on, None where it did not. Collective."""
+        assert self._step_files is not None, "resume comes first"
+        with self.phase("rollout files"):
+            self._step_files.save(step + 1, samples, batch)
+
     def finish_step(
         self, step: int, metrics: Mapping[str, float], actor: MegatronActor, checkpointer: Checkpointer
     ) -> None:
@@ -132,6 +148,8 @@ class Run:
         must_end = has_diverged or stopped_by is not None
         with self.phase("checkpoint"):
             if must_end or self.is_due(self._cfg.checkpoint.interval, step):
+                if self._step_files is not None:  # a run that goes on from here must not lack this step's
+                    self._step_files.finish()
                 # The last good state stays beside one that has diverged.
                 folder = checkpointer.save(step + 1, self._metrics, keep_all=has_diverged)
             else:

@@ -70,6 +70,7 @@ def train(cfg: RLConfig) -> None:
             sequences = trained_sequences(groups)
             metrics |= samples.metrics | group_metrics(groups, cfg)
             metrics["skipped_step"] = float(not sequences)
+            batch = None
             if sequences:  # else every group is all right or all wrong: nothing to learn from
                 seed = (cfg.train.seed, step)
                 batch = make_batch(sequences, cfg.objective, parallel, cfg.train.num_mini_batches, seed)
@@ -83,9 +84,13 @@ def train(cfg: RLConfig) -> None:
                         batch.sequences, found = actor.attach_reference(batch.sequences, objective, advance)
                     metrics |= found
                 with run.phase("update", batch.num_sequences) as advance:
-                    updates = [actor.update(part, objective, advance) for part in batch.mini_batches()]
+                    updates = [
+                        actor.update(part, objective, advance, batch.pulled.append)
+                        for part in batch.mini_batches()
+                    ]
                 metrics |= mean_metrics(updates)
                 version += 1
+            run.save_samples(step, samples, batch)
             if run.is_due(cfg.evaluation.interval, step):
                 metrics |= evaluator.metrics(version)
             run.finish_step(step, metrics, actor, checkpointer)

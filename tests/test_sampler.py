@@ -252,6 +252,8 @@ def test_a_step_is_filled_up_where_refills_find_nothing() -> None:
     assert samples.metrics["rollout/num_groups_filled_up"] == 3
     assert samples.metrics["rollout/num_groups_zero_spread"] == 8
     assert samples.note is not None and "3 of 4 groups" in samples.note
+    assert [prompt.prompt_id for prompt, _ in samples.dropped] == [f"p{row}" for row in (3, 4, *range(6, 12))]
+    assert all(len(columns.texts) == len(columns.rewards) > 0 for _, columns in samples.dropped)
     assert sampler.next_groups(1, SOURCE).note is None  # said once
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apo_megatron.parallel.world import CPUWorld
+from apo_megatron.rollout.sample_records import read_step, step_path, step_paths
 from apo_megatron.weights.conversion.megatron_to_hf import megatron_to_hf
 from tests.distributed import run_distributed
 from tests.tiny_models import make_tiny_model
@@ -120,6 +121,38 @@ def test_a_run_leaves_config_metrics_evaluations_picture_and_model(
         assert len(evaluation["num_correct"]) == 6
     assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.glob(".*partial"))
+
+
+def test_a_run_leaves_the_samples_of_every_step(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder = runs[0] / "whole" / "rollouts"
+    assert list(step_paths(folder)) == list(range(1, NUM_STEPS + 1))
+    for row in _metrics(runs[0] / "whole"):
+        records = list(read_step(step_path(folder, row["step"])))
+        assert len(records) == 16 and {record.step for record in records} == {row["step"]}
+        rewards = [record.reward for record in records if record.reward is not None]
+        assert sum(rewards) / 16 == pytest.approx(row["reward"])
+        assert {version for record in records for version, _ in record.versions} == {row["step"] - 1}
+        trained = [record for record in records if record.not_trained is None]
+        wrong = [r for r in trained if r.advantage is not None and r.advantage < 0]
+        assert wrong and all(r.pulled is not None and set(r.pulled) <= set("01") for r in wrong)
+        share = sum((r.pulled or "").count("1") for r in wrong) / sum(r.num_tokens for r in wrong)
+        # The metric is the mean of two mini-batches, which have other numbers of tokens.
+        assert share == pytest.approx(row["pull_fraction"], abs=0.1)
+        assert not any("1" in (r.pulled or "") for r in trained if (r.advantage or 0) >= 0)
+
+
+def test_a_resumed_run_has_the_same_samples(runs: tuple[Path, dict[str, Any]]) -> None:
+    for step in range(1, NUM_STEPS + 1):
+        whole, resumed = (
+            [
+                (r.problem, r.sample, r.token_ids, r.reward, r.advantage, r.not_trained, r.pulled)
+                for r in read_step(step_path(runs[0] / name / "rollouts", step))
+            ]
+            for name in ("whole", "interrupted")
+        )
+        assert whole == resumed
+    records = list(read_step(step_path(runs[0] / "unmixed" / "rollouts", 1)))
+    assert {record.not_trained for record in records} == {"equal_rewards"}
 
 
 def test_training_raises_the_reward_and_the_export_loads_in_transformers(

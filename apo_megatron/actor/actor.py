@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -39,6 +39,7 @@ from apo_megatron.objectives.interface import TokenMetric
 from apo_megatron.objectives.kl import kl_k3
 from apo_megatron.objectives.mismatch import mismatch_metrics
 from apo_megatron.objectives.objective import Objective
+from apo_megatron.objectives.token_metrics import PULL_FRACTION
 from apo_megatron.parallel.collectives import (
     all_gather_objects,
     any_rank,
@@ -209,22 +210,36 @@ class MegatronActor:
         return sequences.with_fields(**filled), self._reduce(sums)
 
     def update(
-        self, mini_batch: MicroBatch, objective: Objective, progress: Progress | None = None
+        self,
+        mini_batch: MicroBatch,
+        objective: Objective,
+        progress: Progress | None = None,
+        take_pulled: Callable[[Tensor], None] | None = None,
     ) -> dict[str, float]:
         """One optimizer update on ``mini_batch``; its metrics, the same on every rank.
 
         A loss or gradient that is not finite leaves weights, optimizer and schedule as they are and
         counts in ``skipped_update`` (and ``most_consecutive_skips``, of the run so far).
+
+        ``take_pulled`` gets [T] bool, on the last stage and where the objective has a pull: on which of the
+        trained tokens, in row-major order of the mask, it acted (``token_metrics.pull_metrics``).
         """
         self.optimizer.zero_grad()
         for chunk in self.model_chunks:
             chunk.zero_grad_buffer()
         sums = MetricSums()
+        pulled: list[Tensor] = []
+
+        def consume(metrics: dict[str, TokenMetric]) -> None:
+            sums.add(metrics)
+            if take_pulled is not None and PULL_FRACTION in metrics:
+                pulled.append(metrics[PULL_FRACTION].values)
+
         run_forward_backward(
             self.model_chunks,
             split_into_micro_batches(mini_batch, self.micro_batch_size, self.parallel),
             partial(self.token_terms.loss, objective),
-            sums.add,
+            consume,
             progress,
         )
         metrics = self._reduce(sums)
@@ -239,6 +254,8 @@ class MegatronActor:
             _, grad_norm, _ = self.optimizer.step()
             self.scheduler.step(increment=1)
             self.consecutive_skips = 0
+        if take_pulled is not None and pulled:
+            take_pulled(torch.cat(pulled) & (not is_skipped))
         return {
             **metrics,
             "grad_norm": float(grad_norm),

@@ -272,6 +272,12 @@ class TrainConfig(Section):
     max_skipped_updates: PositiveInt = Field(
         3, description="Non-finite updates in a row that stop the run (its state is saved)."
     )
+    save_rollouts: NonNegativeInt = Field(
+        1, description="Write the samples of every so many steps into run_dir/rollouts; 0 = never."
+    )
+    keep_rollouts: NonNegativeInt = Field(
+        0, description="Keep the samples of so many of the newest steps; 0 = all."
+    )
 
 
 class SupervisedTrainConfig(Section):

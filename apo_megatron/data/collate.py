@@ -7,7 +7,7 @@ mini-batches and the same denominators; a rank keeps only its own share of the s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from apo_megatron.config.schema import ObjectiveConfig
 from apo_megatron.objectives.aggregation import sequence_weights
 from apo_megatron.objectives.objective import ReferenceScope
 from apo_megatron.parallel.state import ParallelContext
-from apo_megatron.types import MicroBatch, SampleGroup
+from apo_megatron.types import MicroBatch, Sample, SampleGroup
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Batch:
     sequences: MicroBatch  # [N, S], mini-batch after mini-batch; the actor's passes fill its fields
     mini_batch_sizes: tuple[int, ...]  # of this rank; sums to N
     num_wrong: int  # of these sequences have A < 0
+    rows: list[int]  # [N], which of the step's trained sequences these are
+    # From the updates, on the last stage: a mini-batch [T] bool each, on which tokens (row-major) the pull
+    # acted.
+    pulled: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def num_sequences(self) -> int:
@@ -51,7 +55,7 @@ class Batch:
         return [self.sequences.select(part) for part in rows.split(list(self.mini_batch_sizes))]
 
 
-def trained_sequences(groups: Sequence[SampleGroup]) -> list[TrainingSequence]:
+def trained_samples(groups: Sequence[SampleGroup]) -> list[tuple[SampleGroup, Sample]]:
     """The samples that carry a gradient: those of groups with mixed rewards that have an advantage.
 
     Groups with zero spread have advantage 0 everywhere and are left out. A sample whose advantage is None
@@ -59,23 +63,26 @@ def trained_sequences(groups: Sequence[SampleGroup]) -> list[TrainingSequence]:
     tokens are in no loss and in no denominator. As in DAPO's overlong filtering (arXiv 2503.14476), masking
     is done after the advantages of its group are known, so its reward counts in their baseline.
     """
-    chosen = []
-    for group in groups:
-        if not any(sample.advantage for sample in group.samples):
-            continue
-        for sample in group.samples:
-            if sample.advantage is None:
-                continue
-            completion = sample.completion
-            chosen.append(
-                TrainingSequence(
-                    token_ids=np.concatenate([group.prompt.token_ids, completion.token_ids]),
-                    prompt_length=len(group.prompt.token_ids),
-                    advantage=sample.advantage,
-                    rollout_log_probs=completion.log_probs,
-                )
-            )
-    return chosen
+    return [
+        (group, sample)
+        for group in groups
+        if any(sample.advantage for sample in group.samples)
+        for sample in group.samples
+        if sample.advantage is not None
+    ]
+
+
+def trained_sequences(groups: Sequence[SampleGroup]) -> list[TrainingSequence]:
+    """The sequences of ``trained_samples``, in that order."""
+    return [
+        TrainingSequence(
+            token_ids=np.concatenate([group.prompt.token_ids, sample.completion.token_ids]),
+            prompt_length=len(group.prompt.token_ids),
+            advantage=sample.advantage or 0.0,
+            rollout_log_probs=sample.completion.log_probs,
+        )
+        for group, sample in trained_samples(groups)
+    ]
 
 
 def make_batch(
@@ -112,6 +119,7 @@ def make_batch(
         sequences=_on_device(padded, parallel),
         mini_batch_sizes=tuple(len(part) for part in mine),
         num_wrong=sum(sequences[row].advantage < 0 for row in rows),
+        rows=rows,
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,16 @@ from apo_megatron.errors import DataError
 
 
 def read_jsonl(path: str | Path) -> Iterator[Row]:
-    """Every line of ``path`` as a row, lines counted from 1; blank lines are passed over.
+    """Every line of ``path`` (gzipped: .gz) as a row, lines counted from 1; blank lines are passed over.
 
     Raises DataError, naming file and line, for a file that cannot be read or holds no row, and for a line
     that is no JSON object in UTF-8.
     """
     num_rows = 0
+    line_number = 0
+    path = Path(path)
     try:
-        with Path(path).open("rb") as file:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for line_number, line in enumerate(file, start=1):
                 if line_number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
@@ -29,6 +33,10 @@ def read_jsonl(path: str | Path) -> Iterator[Row]:
                 num_rows += 1
                 place = f"{path}:{line_number}"
                 yield Row(place, f"line-{line_number}", _parse(line, place))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}: damaged after line {line_number} ({error}); expected a whole gzip file: copy it again"
+        ) from error
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); expected a JSONL file: check the path in the "

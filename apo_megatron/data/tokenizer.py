@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from apo_megatron.errors import ConfigError, DataError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_MAX_BYTES_OF_CHARACTER = 4  # in UTF-8
 
 
 def load_tokenizer(hf_path: str | Path, field: str = "model.hf_path") -> PreTrainedTokenizerBase:
@@ -84,3 +85,30 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[li
         verbose=False,
     )
     return encoding["input_ids"]
+
+
+def decode_each(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text; joined, they are the decoded text, special tokens included.
+
+    A character that takes several tokens belongs to the last of them; the others add "".
+    """
+
+    def decode(start: int, end: int) -> str:
+        return str(
+            tokenizer.decode(
+                token_ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
+    texts = []
+    start = shown = 0  # tokens [start, shown) are the context in which the next ones are decoded
+    for end in range(1, len(token_ids) + 1):
+        before, after = decode(start, shown), decode(start, end)
+        # Not even a broken sequence of bytes is longer than a character of UTF-8.
+        is_open = after.endswith("\ufffd") and end - shown < _MAX_BYTES_OF_CHARACTER
+        if is_open and end < len(token_ids):
+            texts.append("")
+            continue
+        texts.append(after[len(before) :])
+        start, shown = shown, end
+    return texts

@@ -13,7 +13,12 @@ from apo_megatron.objectives.interface import LossInputs, Need, TokenMetric
 from apo_megatron.objectives.mismatch import corrected_loss
 from apo_megatron.objectives.registry import POLICY_LOSSES, PolicyLossSpec
 from apo_megatron.objectives.regularizers import entropy_bonus, kl_penalty
-from apo_megatron.objectives.token_metrics import policy_metrics, reference_metrics, support_metrics
+from apo_megatron.objectives.token_metrics import (
+    policy_metrics,
+    pull_metrics,
+    reference_metrics,
+    support_metrics,
+)
 
 ReferenceScope = Literal["none", "wrong", "all"]
 
@@ -110,6 +115,8 @@ class Objective:
             metrics |= policy_metrics(inputs)
             metrics |= reference_metrics(inputs, has_reference)
             metrics |= support_metrics(inputs, self.cfg)
+        if "anchor" in self.needs:
+            metrics |= pull_metrics(inputs, self.cfg)
         return metrics
 
 

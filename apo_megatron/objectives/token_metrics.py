@@ -8,9 +8,11 @@ from torch import Tensor
 from apo_megatron.config.schema import ObjectiveConfig
 from apo_megatron.objectives.interface import LossInputs, TokenMetric
 from apo_megatron.objectives.kl import kl_k3
-from apo_megatron.objectives.ratios import anchor_ratio, importance_ratio
+from apo_megatron.objectives.mismatch import mismatch_weights
+from apo_megatron.objectives.ratios import anchor_ratio, importance_ratio, rectified_ratio
 
 Metrics = dict[str, TokenMetric]
+PULL_FRACTION = "pull_fraction"
 
 
 @torch.no_grad()
@@ -81,3 +83,25 @@ def support_metrics(inputs: LossInputs, cfg: ObjectiveConfig) -> Metrics:
         metrics["support_coverage"] = TokenMetric(anchor_mass + sampled_mass, is_wrong)
         metrics["sampled_in_support"] = TokenMetric(inputs.sampled_in_support, is_wrong)
     return metrics
+
+
+@torch.no_grad()
+def pull_metrics(inputs: LossInputs, cfg: ObjectiveConfig) -> Metrics:
+    """``pull_fraction``: the share of the tokens with A < 0 on which the pull of APO acted.
+
+    It acts on a token where the gradient of its policy loss with respect to log P is not zero: A < 0,
+    pull_coeff > 0, S is not empty (a > 0), r~ is inside the clip range, and the mismatch weight is not 0.
+    """
+    assert inputs.anchor_log_mass is not None and inputs.reference_anchor_log_mass is not None
+    is_wrong = inputs.advantages < 0
+    anchor = anchor_ratio(inputs.anchor_log_mass, inputs.reference_anchor_log_mass)
+    ratio = importance_ratio(inputs.log_probs, inputs.old_log_probs)
+    rectified = rectified_ratio(ratio, anchor, inputs.advantages, cfg.apo_push_coeff, cfg.apo_pull_coeff)
+    # On the bounds themselves the clamp of the surrogate lets the gradient through.
+    is_pulled = is_wrong & (anchor > 0) & (rectified >= 1 - cfg.clip_low)
+    if cfg.dual_clip is not None:
+        is_pulled &= rectified <= cfg.dual_clip
+    if cfg.mismatch_correction != "none":
+        assert inputs.rollout_log_probs is not None
+        is_pulled &= mismatch_weights(inputs.old_log_probs, inputs.rollout_log_probs, cfg) != 0
+    return {PULL_FRACTION: TokenMetric(is_pulled & (cfg.apo_pull_coeff > 0), is_wrong)}

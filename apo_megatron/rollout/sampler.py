@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from apo_megatron.config.schema import RLConfig
@@ -33,7 +33,7 @@ from apo_megatron.rollout.gathering import SampleColumns, gather_groups
 from apo_megatron.rollout.groups import check_versions, is_mixed, score_groups, step_sampling
 from apo_megatron.rollout.step_counts import StepCounts
 from apo_megatron.rollout.waiting import LateProgress, finish_generation, start_generation
-from apo_megatron.types import Sample, SampleGroup
+from apo_megatron.types import Prompt, Sample, SampleGroup
 
 if TYPE_CHECKING:
     from apo_megatron.weights.source import WeightSource
@@ -48,6 +48,8 @@ class StepSamples:
     groups: list[SampleGroup]  # data.prompts_per_step, scored, in the order in which prompts were drawn
     metrics: dict[str, float]
     note: str | None = None  # for the person who watches the run
+    # Groups of equal rewards that others took the place of: all but their tokens and log-probs.
+    dropped: list[tuple[Prompt, SampleColumns]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class GroupSampler:
                 if self._round is None:
                     self._begin_round(step, needed)
                 self._finish_round(source)
-        chosen = self._choose()
+        chosen, dropped = self._choose()
         # What the next step may not train on: it has the next version, if this one trains.
         self._drop_older(self._engine.policy_version + 1 - self._cfg.rollout.max_staleness)
         self._count_carried()
@@ -109,7 +111,12 @@ class GroupSampler:
         groups = gather_groups(own, order, self._parallel)
         assert len(groups) == self._cfg.data.prompts_per_step
         metrics = self._counts.metrics(groups, self._engine.policy_version)
-        samples = StepSamples(groups, metrics, self._note(step))
+        samples = StepSamples(
+            groups,
+            metrics,
+            self._note(step),
+            [(draw.prompt, draw.verdict.columns) for draw in dropped if draw.verdict is not None],
+        )
         self._counts = StepCounts()
         is_last = step + 1 == self._cfg.train.num_steps
         if self._cfg.rollout.asynchronous and not is_last and (needed := self._num_needed()):
@@ -235,8 +242,9 @@ class GroupSampler:
         ]
         return verdicts, num_stale
 
-    def _choose(self) -> list[Draw]:
-        """The draws of this step, first drawn first; groups of equal rewards only fill it up."""
+    def _choose(self) -> tuple[list[Draw], list[Draw]]:
+        """The draws of this step, first drawn first, and those that are dropped; groups of equal rewards only
+        fill it up."""
         complete = self._draws.complete()
         accepted = [draw for draw, verdict in complete if self._is_accepted(verdict)]
         rejected = [draw for draw, verdict in complete if not self._is_accepted(verdict)]
@@ -244,9 +252,10 @@ class GroupSampler:
         fillers = rejected[: max(0, wanted - len(accepted))]
         chosen = sorted(accepted[:wanted] + fillers, key=lambda draw: draw.number)
         self._counts.num_fillers = len(fillers)
-        self._counts.num_zero_spread = len(rejected) - len(fillers)
-        self._draws.use_up(chosen + rejected[len(fillers) :])
-        return chosen
+        dropped = rejected[len(fillers) :]
+        self._counts.num_zero_spread = len(dropped)
+        self._draws.use_up(chosen + dropped)
+        return chosen, dropped
 
     def _drop_older(self, oldest_version: int) -> None:
         """Forget samples with older tokens; where nothing is carried over, their prompts are drawn anew."""
