@@ -30,48 +30,40 @@ from apo_megatron.telemetry.command import run_command
 
 
 def print_comparison(evaluations: Sequence[Evaluation], console: Console) -> None:
-    """A table for each benchmark, then the warnings. Labels are shown without control characters."""
+    """A table for each benchmark and checkpoint, then the warnings. Labels are shown without control
+    characters."""
     warned = unshared_benchmarks(evaluations)
     for name in shared_benchmarks(evaluations):
         comparisons = compare_with_first(evaluations, name)
-        console.print(_table(evaluations, name, comparisons))
+        for evaluation, comparison in zip(evaluations[1:], comparisons, strict=True):
+            title = f"{name}: {evaluation.label} against {evaluations[0].label}"
+            console.print(_table(title, comparison))
         warned += warnings_of(evaluations, name, comparisons)
     for warning in warned:
         where = f"{warning.benchmark}: " if warning.benchmark else ""
         console.print(_plain(f"note: {where}{warning.text}"))
 
 
-def _table(evaluations: Sequence[Evaluation], name: str, comparisons: Sequence[Comparison]) -> Table:
-    first = evaluations[0]
-    result = first.benchmarks[name]
+def _table(title: str, comparison: Comparison) -> Table:
     table = Table(
-        title=_plain(
-            f"{name}: {len(result.prompt_ids)} problems x {result.num_samples} samples, per cent and points, "
-            f"against {first.label}"
-        ),
+        title=_plain(title),
+        caption=f"{comparison.num_problems} problems x {comparison.num_samples} samples; per cent and points",
         title_justify="left",
+        caption_justify="left",
     )
-    for column in ("checkpoint", "K"):
-        table.add_column(column)
-    for column in ("Pass@K", "reference", "difference", "95 % interval", "p", "p (Holm)"):
+    for column in ("K", "Pass@K", "reference", "difference", "95 % interval", "p", "p (Holm)"):
         table.add_column(column, justify="right", no_wrap=True)
-    for evaluation, comparison in zip(evaluations[1:], comparisons, strict=True):
-        for place, (k, found) in enumerate(comparison.differences.items()):
-            values = (
-                f"{100 * found.a:.1f}",
-                f"{100 * found.b:.1f}",
-                f"{100 * found.difference:+.1f}",
-                f"{100 * found.ci95[0]:+.1f} to {100 * found.ci95[1]:+.1f}",
-                _chance(found.p_value),
-                _chance(found.p_holm),
-            )
-            table.add_row(
-                _plain(evaluation.label if place == 0 else ""),
-                str(k),
-                *values,
-                style="bold" if found.p_holm < SIGNIFICANT else None,
-                end_section=place + 1 == len(comparison.differences),
-            )
+    for k, found in comparison.differences.items():
+        table.add_row(
+            str(k),
+            f"{100 * found.a:.1f}",
+            f"{100 * found.b:.1f}",
+            f"{100 * found.difference:+.1f}",
+            f"{100 * found.ci95[0]:+.1f} to {100 * found.ci95[1]:+.1f}",
+            _chance(found.p_value),
+            _chance(found.p_holm),
+            style="bold" if found.p_holm < SIGNIFICANT else None,
+        )
     return table
 
 
