@@ -24,8 +24,10 @@ from apo_megatron.evaluation import pass_at_k
 from apo_megatron.evaluation.harness import evaluate_pass_at_k
 from apo_megatron.evaluation.result import PassAtKResult
 from apo_megatron.evaluation.sample_store import read_samples
+from apo_megatron.parallel.world import CPUWorld
 from apo_megatron.rollout.engine import Progress, SampleRequest, SamplingParams
 from apo_megatron.types import Completion, Prompt
+from apo_megatron.weights.conversion.hf_to_megatron import hf_to_megatron
 from tests.distributed import run_distributed
 from tests.test_rollout import make_engine
 from tests.tiny_models import make_tiny_model
@@ -251,6 +253,28 @@ def test_evaluation_does_not_depend_on_ranks_and_the_command_writes_json(tmp_pat
     samples = list(read_samples(outputs[0] / "generations" / "words"))
     assert len(samples) == 40 and sum(s.reward == 1 for s in samples) == sum(result.num_correct)
     assert yaml.safe_load((outputs[0] / "config.yaml").read_text())["evaluation"]["num_samples"] == 8
+
+
+def test_megatron_checkpoints_are_evaluated_as_they_are(tmp_path: Path) -> None:
+    config = write_config(tmp_path, make_tiny_model(tmp_path / "base", "qwen3"))
+    trained = make_tiny_model(tmp_path / "trained", "qwen3", seed=1)
+    hf_to_megatron(trained, tmp_path / "megatron", CPUWorld())
+    for name, weights in (
+        ("hf", f"hf_path={trained}"),
+        ("megatron", f"megatron_path={tmp_path / 'megatron'}"),
+    ):
+        argv = [
+            "--config",
+            str(config),
+            "label=tiny",
+            f"model.{weights}",
+            f"output_dir={tmp_path / name}-out",
+        ]
+        run_distributed(1, "tests.workers.evaluation:run_command_line", {"argv": argv})
+    files = [tmp_path / f"{name}-out" / "results.json" for name in ("hf", "megatron")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    samples = [set(read_samples(file.parent / "generations" / "words")) for file in files]
+    assert samples[0] == samples[1]
 
 
 def test_generations_of_an_evaluation_are_judged_without_a_model(tmp_path: Path) -> None:
