@@ -44,7 +44,8 @@ class Completion:
     @property
     def policy_version(self) -> int:
         """The oldest weights that any of its tokens was drawn with."""
-        return min(self.versions)[0]
+        versions = self.versions
+        return versions[0][0] if len(versions) == 1 else min(versions)[0]
 
 
 @dataclass

@@ -111,7 +111,7 @@ class RolloutConfig(Section):
     )
     max_batch_size: PositiveInt = Field(
         1024,
-        description="Sequences that one rank decodes, or an evaluation draws, at once (embedded engine).",
+        description="Sequences that one rank decodes at once (embedded engine).",
     )
     drop_zero_spread: bool = Field(
         False, description="Dynamic sampling: replace groups that are all right or all wrong by new prompts."

@@ -23,6 +23,9 @@ from apo_megatron.types import Completion, Prompt
 if TYPE_CHECKING:
     from apo_megatron.weights.source import WeightSource
 
+# Drawn from servers at once: so many that the end of one lot, when few requests run, is short beside it.
+_SERVER_SAMPLES = 4096
+
 Progress = Callable[[int, int], None]  # (problems, tokens) done since the last call, over all ranks
 
 
@@ -42,9 +45,10 @@ def evaluate_pass_at_k(
 
     Problems are spread over the ranks of ``parallel`` (None: this process alone), which all pass the same
     prompts. ``num_samples`` overrides cfg.num_samples; K above it are left out. Temperature, top-p and seed
-    come from ``cfg``, response length, stop tokens and batch size from ``rollout``. A reward of at least 1
-    is right. ``source`` has the engine's weights, for engines that lose them meanwhile. Raises DataError
-    without prompts, RolloutError and RewardError on every rank where drawing or judging fails on one.
+    come from ``cfg``, response length, stop tokens and batch size (embedded engine) from ``rollout``. A
+    reward of at least 1 is right. ``source`` has the engine's weights, for engines that lose them meanwhile.
+    Raises DataError without prompts, RolloutError and RewardError on every rank where drawing or judging
+    fails on one.
     """
     if not prompts:
         raise DataError("evaluation without problems: evaluation.data_path must name a file with some")
@@ -52,7 +56,8 @@ def evaluate_pass_at_k(
     sampling = evaluation_sampling(cfg, rollout, num_samples)
     rank, world = (0, 1) if parallel is None else (parallel.rank, parallel.world)
     mine = prompts[rank::world]
-    chunk_size = max(1, rollout.max_batch_size // num_samples)
+    at_once = rollout.max_batch_size if rollout.engine == "embedded" else _SERVER_SAMPLES
+    chunk_size = max(1, at_once // num_samples)
     tallies: list[list[ProblemTally]] = [[] for _ in range(world)]  # by rank
     for start in range(0, -(-len(prompts) // world), chunk_size):  # as often on every rank
         requests = [SampleRequest(prompt, num_samples) for prompt in mine[start : start + chunk_size]]
