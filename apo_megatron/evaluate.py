@@ -10,12 +10,13 @@ count: the same command goes on where a killed one was.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from apo_megatron.config import EvalConfig, ParallelConfig, RewardConfig, dump_config
 from apo_megatron.data.tokenizer import load_tokenizer
@@ -24,14 +25,15 @@ from apo_megatron.evaluation.benchmarks import LoadedBenchmark, load_benchmark
 from apo_megatron.evaluation.drawing import draw_units
 from apo_megatron.evaluation.report import write_report
 from apo_megatron.evaluation.result import PassAtKResult
-from apo_megatron.evaluation.sample_store import SampleWriter
-from apo_megatron.evaluation.standalone import BenchmarkRun, write_results
+from apo_megatron.evaluation.sample_store import SampleWriter, locked, pin_weights
+from apo_megatron.evaluation.standalone import BenchmarkRun, check_results, write_results
 from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.parallel.state import ParallelContext, init_parallel
 from apo_megatron.rewards.interface import WorkerReward
 from apo_megatron.rollout.build import load_engine
 from apo_megatron.rollout.engine import RolloutEngine
-from apo_megatron.rollout.transports.as_served import AS_SERVED
+from apo_megatron.rollout.served_weights import AS_SERVED
+from apo_megatron.rollout.sglang import SGLangEngine
 from apo_megatron.rollout.waiting import on_every_rank
 from apo_megatron.telemetry.command import parse_command_line, run_command
 from apo_megatron.telemetry.progress import RunDisplay
@@ -53,29 +55,43 @@ def evaluate(cfg: EvalConfig) -> dict[str, PassAtKResult]:
             "one process is enough, start it without torchrun"
         )
     runs = [BenchmarkRun(cfg, benchmark) for benchmark in _load_benchmarks(cfg)]
-
-    def prepare() -> None:
-        if parallel.is_main:
-            for run in runs:
-                run.prepare()
-            dump_config(cfg, Path(cfg.output_dir, "config.yaml"))
-
-    on_every_rank(prepare, parallel)
     with (
+        _alone_in(Path(cfg.output_dir), parallel),
         RunDisplay(len(runs), parallel.is_main, "evaluate") as display,
         _Engine(cfg, parallel, display) as engine,
     ):
-        for run in runs:
-            _complete(run, engine, parallel, display)
-    results = {}
-    if parallel.is_main:
-        results = {run.name: run.result() for run in runs}
-        write_results(cfg, results)
-        write_report([Path(cfg.output_dir)], Path(cfg.output_dir, "report.html"))
-        for name, result in results.items():
-            Console().print(result_table(result, f"{cfg.shown_label} on {name}"))
-        print(f"written to {cfg.output_dir}: results.json, report.html, generations/")
-    return on_every_rank(lambda: results, parallel)[0]
+
+        def prepare() -> list[list[int]]:
+            if not parallel.is_main:
+                return []
+            check_results(cfg)
+            dump_config(cfg, Path(cfg.output_dir, "config.yaml"))
+            return [run.prepare() for run in runs]
+
+        for run, stages in zip(runs, on_every_rank(prepare, parallel)[0], strict=True):
+            _complete(run, stages, engine, parallel, display)
+        return on_every_rank(lambda: _finish(cfg, runs) if parallel.is_main else {}, parallel)[0]
+
+
+@contextmanager
+def _alone_in(folder: Path, parallel: ParallelContext) -> Iterator[None]:
+    """No other evaluation in ``folder``."""
+    with ExitStack() as stack:
+        if parallel.is_main:
+            stack.enter_context(locked(folder))
+        yield
+
+
+def _finish(cfg: EvalConfig, runs: Sequence[BenchmarkRun]) -> dict[str, PassAtKResult]:
+    """Compute, write and show the results."""
+    folder = Path(cfg.output_dir)
+    results = {run.name: run.result() for run in runs}
+    write_results(cfg, results)
+    write_report([folder], folder / "report.html")
+    for name, result in results.items():
+        Console().print(result_table(result, f"{cfg.shown_label} on {name}"))
+    print(f"written to {folder}: results.json, report.html, generations/")
+    return results
 
 
 def _load_benchmarks(cfg: EvalConfig) -> list[LoadedBenchmark]:
@@ -116,49 +132,53 @@ class _Engine:
         self._closing.close()
 
 
-def _complete(run: BenchmarkRun, engine: _Engine, parallel: ParallelContext, display: RunDisplay) -> None:
-    """Draw, or read, and judge what is missing of a benchmark. Collective."""
+def _complete(
+    run: BenchmarkRun, stages: Sequence[int], engine: _Engine, parallel: ParallelContext, display: RunDisplay
+) -> None:
+    """Draw, or read, and judge what is missing of a benchmark. Collective.
+
+    What a rank raises ends its process, and with it, by torchrun, the others: nobody draws for hours more.
+    """
     drawn = run.drawn()
-    total = run.num_samples * len(run.prompts)
     on_every_rank(lambda: None, parallel)  # nobody writes before all have read
-    generations = run.generations()
-    units = [] if generations is not None else run.missing_units(drawn)
-    mine = units[parallel.rank :: parallel.world]
-    have = sum(min(len(numbers), run.num_samples) for numbers in drawn.values())
+    total = run.num_samples * len(run.prompts)
+    have = sum(number < run.num_samples for numbers in drawn.values() for number in numbers)
     if have:
         display.note(f"{run.name}: {have} of {total} samples are there already")
-    left = sum(request.num_samples for unit in mine for request in unit) if units else total - have
-
-    def complete() -> None:
-        with (
-            SampleWriter(run.folder, parallel.rank) as writer,
-            display.phase(run.name, total=left) as advance,
-        ):
-            if generations is not None:
-                generations.judge(run.reward, writer, drawn, advance)
-            elif mine:
-                drawing = engine.get()
-                draw_units(
-                    drawing,
-                    mine,
-                    run.sampling,
-                    run.reward,
-                    writer,
-                    run.max_running,
-                    lambda: drawing.recover(AS_SERVED),
-                    advance,
-                )
-
+    generations = run.generations()
+    units = [] if generations is not None else run.missing_units(drawn, stages)
+    mine = units[parallel.rank :: parallel.world]
     if units:
-        engine.get()
-    on_every_rank(complete, parallel)
+        loaded = engine.get()
+        if isinstance(loaded, SGLangEngine):
+            pin_weights(run.folder, loaded.weights_label)
+    left = total - have if generations is not None else sum(r.num_samples for unit in mine for r in unit)
+    with (
+        SampleWriter(run.folder, parallel.rank) as writer,
+        display.phase(run.name, total=left) as advance,
+    ):
+        if generations is not None:
+            generations.judge(run.reward, writer, drawn, advance)
+        elif mine:
+            drawing = engine.get()
+            draw_units(
+                drawing,
+                mine,
+                run.sampling,
+                run.reward,
+                writer,
+                run.max_running,
+                lambda: drawing.recover(AS_SERVED),
+                advance,
+            )
+    on_every_rank(lambda: None, parallel)
     if isinstance(run.reward, WorkerReward):
         run.reward.close()
 
 
 def result_table(result: PassAtKResult, title: str) -> Table:
     """What a person reads, in percent."""
-    table = Table(title=title, caption=_caption(result))
+    table = Table(title=Text(title), caption=_caption(result))
     table.add_column("K", justify="right")
     table.add_column("Pass@K (%)", justify="right")
     table.add_column("95 % interval")

@@ -259,6 +259,12 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     (EvalConfig, "benchmarks_are_different", ["benchmarks=[gsm8k, gsm8k]"], ["'gsm8k' twice"]),
     (
         EvalConfig,
+        "every_benchmark_measures_something",
+        ["benchmarks=[{name: gsm8k, num_samples: 4}]", "evaluation.ks=[8]"],
+        ["gsm8k has num_samples=4", "evaluation.ks=[8]"],
+    ),
+    (
+        EvalConfig,
         "generations_are_of_one_benchmark",
         ["model=null", "generations.path=a.jsonl", "benchmarks=[gsm8k, aime24]"],
         ["generations with 2 benchmarks"],

@@ -243,7 +243,7 @@ def test_evaluation_does_not_depend_on_ranks_and_the_command_writes_json(tmp_pat
     argv = ["--config", str(config), f"output_dir={outputs[1]}", "label=tiny"]
     run_distributed(1, "tests.workers.evaluation:run_command_line", {"argv": argv})
     files = ["config.yaml", "generations", "problems", "report.html", "results.json"]
-    assert sorted(path.name for path in outputs[0].iterdir()) == files
+    assert sorted(path.name for path in outputs[0].glob("[!.]*")) == files
     for name in ("results.json", "report.html", "problems/words.jsonl"):
         assert (outputs[0] / name).read_bytes() == (outputs[1] / name).read_bytes()
     results = json.loads((outputs[0] / "results.json").read_text())
@@ -253,6 +253,29 @@ def test_evaluation_does_not_depend_on_ranks_and_the_command_writes_json(tmp_pat
     samples = list(read_samples(outputs[0] / "generations" / "words"))
     assert len(samples) == 40 and sum(s.reward == 1 for s in samples) == sum(result.num_correct)
     assert yaml.safe_load((outputs[0] / "config.yaml").read_text())["evaluation"]["num_samples"] == 8
+
+
+def test_more_samples_leave_those_alone_that_are_there_and_fewer_take_the_first(tmp_path: Path) -> None:
+    config = write_config(tmp_path, make_tiny_model(tmp_path / "model"))
+    samples, results = [], []
+    for num_samples in (8, 20, 8):
+        argv = ["--config", str(config), f"evaluation.num_samples={num_samples}"]
+        argv.append(f"output_dir={tmp_path / 'out'}")
+        run_distributed(1, "tests.workers.evaluation:run_command_line", {"argv": argv})
+        file = tmp_path / "out" / "generations" / "words" / "rank_00000.jsonl"
+        samples.append(file.read_text())
+        results.append((tmp_path / "out" / "results.json").read_text())
+    assert samples[1].startswith(samples[0]) and samples[1] == samples[2]
+    assert len(samples[1].splitlines()) == 5 * 20
+    assert results[0] == results[2] != results[1]
+
+    other = ["--config", str(config), f"output_dir={tmp_path / 'out'}", "evaluation.temperature=0.5"]
+    with pytest.raises(AssertionError, match=r"evaluation.temperature: 1.0 there, 0.5 now"):
+        run_distributed(1, "tests.workers.evaluation:run_command_line", {"argv": other})
+    path = tmp_path / "problems.jsonl"
+    other = [*other[:3], f"benchmarks=[{{name: more, path: {path}, reward: exact_match}}]"]
+    with pytest.raises(AssertionError, match=r"has results on words, which benchmarks does not name"):
+        run_distributed(1, "tests.workers.evaluation:run_command_line", {"argv": other})
 
 
 def test_megatron_checkpoints_are_evaluated_as_they_are(tmp_path: Path) -> None:
@@ -294,7 +317,7 @@ def test_generations_of_an_evaluation_are_judged_without_a_model(tmp_path: Path)
 def test_the_command_reports_errors_in_one_message(tmp_path: Path) -> None:
     config = write_config(tmp_path, make_tiny_model(tmp_path / "model"))
     (tmp_path / "problems.jsonl").write_text('{"prompt": "w2"}\n')
-    words = ["benchmarks=[{name: words, path: %s, reward: exact_match}]" % (tmp_path / "problems.jsonl")]
+    words = [f"benchmarks=[{{name: words, path: {tmp_path / 'problems.jsonl'}, reward: exact_match}}]"]
     command = [sys.executable, "-m", "apo_megatron.evaluate", "--config", str(config), *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 2

@@ -15,12 +15,12 @@ from pyarrow import parquet
 
 from apo_megatron.config.evaluation import GenerationsConfig, MeasurementConfig
 from apo_megatron.config.rollout import RolloutConfig
-from apo_megatron.errors import DataError, RolloutError
+from apo_megatron.errors import ConfigError, DataError, RolloutError
 from apo_megatron.evaluation.drawing import draw_units, is_drawn, plan_units
 from apo_megatron.evaluation.existing import Generations
 from apo_megatron.evaluation.harness import evaluation_sampling
 from apo_megatron.evaluation.result import JudgedSample, ProblemTally, make_result
-from apo_megatron.evaluation.sample_store import SampleWriter, claim_folder, read_samples
+from apo_megatron.evaluation.sample_store import SampleWriter, claim_folder, locked, pin_weights, read_samples
 from apo_megatron.types import Completion, Prompt
 from tests.test_evaluate import DigitReward, ScriptedEngine, make_prompts
 
@@ -62,10 +62,29 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
 
 def test_samples_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     folder = tmp_path / "samples"
-    claim_folder(folder, {"seed": 1, "ids": (1, 2)})
-    claim_folder(folder, {"seed": 1, "ids": (1, 2)})
+    assert claim_folder(folder, {"seed": 1, "ids": (1, 2)}, 8) == [8]
+    assert claim_folder(folder, {"seed": 1, "ids": (1, 2)}, 16) == [8, 16]
+    assert claim_folder(folder, {"seed": 1, "ids": (1, 2)}, 4) == [4]
     with pytest.raises(DataError, match=r"samples: has samples of other settings \(seed: 1 there, 2 now\)"):
-        claim_folder(folder, {"seed": 2, "ids": (1, 2)})
+        claim_folder(folder, {"seed": 2, "ids": (1, 2)}, 8)
+    pin_weights(folder, "served-a")
+    pin_weights(folder, "served-a")
+    with pytest.raises(DataError, match="weights of the servers: served-a there, served-b now"):
+        pin_weights(folder, "served-b")
+    assert claim_folder(folder, {"seed": 1, "ids": (1, 2)}, 32) == [8, 16, 32]
+    (folder / "settings.json").unlink()
+    write(folder, [SAMPLE])
+    with pytest.raises(DataError, match=r"has samples, but no settings\.json"):
+        claim_folder(folder, {"seed": 1}, 8)
+
+
+def test_two_evaluations_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    with locked(tmp_path / "out"):
+        with pytest.raises(ConfigError, match="another evaluation is writing there"):
+            with locked(tmp_path / "out"):
+                pass
+    with locked(tmp_path / "out"):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -73,7 +92,7 @@ def test_samples_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     [(3, 7, [6, 6, 3]), (3, 1, [1] * 15), (5, 4, [4, 1] * 5), (2, 100, [10])],
 )
 def test_units_hold_every_sample_once(num_samples: int, unit_size: int, sizes: list[int]) -> None:
-    units = plan_units(make_prompts(5), num_samples, unit_size)
+    units = plan_units(make_prompts(5), range(num_samples), unit_size)
     assert [sum(request.num_samples for request in unit) for unit in units] == sizes
     drawn = [
         (request.prompt.prompt_id, number)
@@ -85,7 +104,7 @@ def test_units_hold_every_sample_once(num_samples: int, unit_size: int, sizes: l
 
 
 def test_a_unit_is_drawn_with_its_last_sample() -> None:
-    [unit] = plan_units(make_prompts(2), 2, 4)
+    [unit] = plan_units(make_prompts(2), range(2), 4)
     assert not is_drawn(unit, {"p0": {0, 1}, "p1": {1}})
     assert is_drawn(unit, {"p0": {0, 1, 2}, "p1": {0, 1}})
 
@@ -132,7 +151,7 @@ def draw(folder: Path, engine: _SlowEngine, prompts: list[Prompt], num_samples: 
     drawn: dict[str, set[int]] = {}
     for sample in read_samples(folder):
         drawn.setdefault(sample.problem, set()).add(sample.sample)
-    units = [unit for unit in plan_units(prompts, num_samples, size) if not is_drawn(unit, drawn)]
+    units = [unit for unit in plan_units(prompts, range(num_samples), size) if not is_drawn(unit, drawn)]
     sampling = evaluation_sampling(MeasurementConfig(), RolloutConfig(), num_samples)
     with SampleWriter(folder, 0) as writer:
         draw_units(
@@ -221,6 +240,26 @@ def test_the_folder_of_an_evaluation_can_be_judged_again(tmp_path: Path) -> None
     assert (tmp_path / "new" / "rank_00000.jsonl").read_bytes() == before  # nothing is judged twice
 
 
+def test_repeated_and_torn_lines_of_an_evaluation_are_not_more_samples(tmp_path: Path) -> None:
+    claim_folder(tmp_path / "old", {}, 2)
+    write(tmp_path / "old", [EXPECTED[0], EXPECTED[0], EXPECTED[2]])
+    path = write(tmp_path / "old", [EXPECTED[1], EXPECTED[3]], rank=1)
+    with path.open("a") as file:
+        file.write('{"problem": "p')
+    assert judged(tmp_path / "new", generations(tmp_path / "old")) == EXPECTED
+
+
+def test_other_ways_to_say_the_same(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"problem": "p0", "text": "3", "finish_reason": {"type": "stop", "matched": 1}, "num_tokens": 1.0},
+        {"problem": "p0", "text": "9", "finish_reason": {"type": "length"}, "num_tokens": 2},
+        {"problem": "p1", "text": "5", "finish_reason": None, "num_tokens": 3},
+        {"problem": "p1", "text": "4", "num_tokens": math.nan},
+    ]
+    source = generations(write_rows(tmp_path / "x.jsonl", rows))
+    assert judged(tmp_path / "new", source) == EXPECTED
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -230,6 +269,11 @@ def test_the_folder_of_an_evaluation_can_be_judged_again(tmp_path: Path) -> None
         ([{"problem": "p0", "text": [3]}], r"x.jsonl:1: item 0 of column 'text' is an integer"),
         ([{"problem": "p0", "text": ["3"], "num_tokens": 4}], r"x.jsonl:1: column 'num_tokens' .*list of 1"),
         ([{"problem": "p0", "text": "3", "num_tokens": "4"}], r"x.jsonl:1: column 'num_tokens' is a string"),
+        ([{"problem": "p0", "text": "3", "num_tokens": 10**15}], r"x.jsonl:1: column 'num_tokens' is an int"),
+        (
+            [{"problem": "p0", "text": "3", "finish_reason": 1}],
+            r"x.jsonl:1: column 'finish_reason' is an int",
+        ),
     ],
 )
 def test_what_cannot_be_judged_is_named(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:

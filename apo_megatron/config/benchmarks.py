@@ -69,6 +69,15 @@ class BenchmarkConfig(Section):
         return None
 
     @rule
+    def reward_knows_what_is_right(self) -> str | None:
+        """`reward` cannot be `format`, which knows no right answer."""
+        if self.reward == "format":
+            return (
+                "reward=format: it looks at the form of an answer, and Pass@K counts right ones; name another"
+            )
+        return None
+
+    @rule
     def template_has_a_place_for_the_problem(self) -> str | None:
         """`prompt_template` has `{problem}` in it."""
         if self.prompt_template is not None and "{problem}" not in self.prompt_template:

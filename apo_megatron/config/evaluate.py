@@ -54,6 +54,18 @@ class EvalConfig(Section):
         return f"benchmarks names {twice[0]!r} twice: give the second one another name" if twice else None
 
     @rule
+    def every_benchmark_measures_something(self) -> str | None:
+        """`num_samples` of each of `benchmarks` must be at least the smallest of `evaluation.ks`."""
+        smallest = min(self.evaluation.ks)
+        for benchmark in self.benchmarks:
+            if benchmark.num_samples is not None and benchmark.num_samples < smallest:
+                return (
+                    f"benchmarks: {benchmark.name} has num_samples={benchmark.num_samples}, fewer than the "
+                    f"smallest of evaluation.ks={list(self.evaluation.ks)}: raise it, or name a smaller K"
+                )
+        return None
+
+    @rule
     def generations_are_of_one_benchmark(self) -> str | None:
         """With `generations`, there is one of `benchmarks`: the file does not say which it is about."""
         if self.generations is not None and len(self.benchmarks) > 1:

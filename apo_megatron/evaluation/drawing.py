@@ -21,20 +21,20 @@ Unit = tuple[SampleRequest, ...]
 _LOOK_SECONDS = 0.02  # between two looks at what runs
 
 
-def plan_units(prompts: Sequence[Prompt], num_samples: int, unit_size: int) -> list[Unit]:
-    """All samples of all ``prompts`` in units of at most ``unit_size``, which are drawn together.
+def plan_units(prompts: Sequence[Prompt], numbers: range, unit_size: int) -> list[Unit]:
+    """The samples ``numbers`` of all ``prompts`` in units of at most ``unit_size``, which are drawn together.
 
     Several problems with all their samples, or a part of one's. The plan does not depend on what has been
     drawn: an engine whose rounding depends on the batch gives the same after a restart.
     """
-    num_prompts, num_together = max(1, unit_size // num_samples), min(num_samples, unit_size)
+    num_prompts, num_together = max(1, unit_size // len(numbers)), min(len(numbers), unit_size)
     return [
         tuple(
-            SampleRequest(prompt, min(num_together, num_samples - first), first=first)
+            SampleRequest(prompt, min(num_together, numbers.stop - first), first=first)
             for prompt in prompts[start : start + num_prompts]
         )
         for start in range(0, len(prompts), num_prompts)
-        for first in range(0, num_samples, num_together)
+        for first in range(numbers.start, numbers.stop, num_together)
     ]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,11 +16,13 @@ from apo_megatron.data.rows import Row, describe
 from apo_megatron.data.sources import read_source
 from apo_megatron.errors import DataError
 from apo_megatron.evaluation.judging import judge
-from apo_megatron.evaluation.sample_store import SampleWriter
+from apo_megatron.evaluation.sample_store import SETTINGS_FILE, SampleWriter, read_samples
 from apo_megatron.rewards.interface import Reward
 from apo_megatron.rollout.engine import SampleRequest
 from apo_megatron.types import Completion, Prompt
 
+_CUT = ("length", "max_tokens", "max_length")  # reasons of answers that ended at the limit
+_MAX_TOKENS = 10_000_000
 _SAMPLES_PER_BATCH = 256  # judged, then written
 _NUM_NAMED = 3  # problems that a message names
 
@@ -59,88 +62,133 @@ class Generations:
 
         ``progress`` hears of samples and tokens. Raises as ``check``, and as the reward does.
         """
-        requests: list[SampleRequest] = []
-        completions: list[list[Completion]] = []
+        waiting: list[tuple[SampleRequest, _Answer]] = []
 
         def finish() -> None:
-            samples = [sample for one in judge(reward, requests, completions) for sample in one]
+            requests = [request for request, _ in waiting]
+            judged = judge(reward, requests, [[answer.completion()] for _, answer in waiting])
+            samples = [
+                replace(sample, num_tokens=answer.num_tokens)
+                for [sample], (_, answer) in zip(judged, waiting, strict=True)
+            ]
             writer.write(samples)
             progress(len(samples), sum(sample.num_tokens or 0 for sample in samples))
-            requests.clear()
-            completions.clear()
+            waiting.clear()
 
-        for prompt, number, completion in self._samples():
-            if number in drawn.get(prompt.prompt_id, ()):
-                continue
-            requests.append(SampleRequest(prompt, 1, first=number))
-            completions.append([completion])
-            if len(requests) == _SAMPLES_PER_BATCH:
+        for prompt, number, answer in self._samples():
+            if number not in drawn.get(prompt.prompt_id, ()):
+                waiting.append((SampleRequest(prompt, 1, first=number), answer))
+            if len(waiting) == _SAMPLES_PER_BATCH:
                 finish()
-        if requests:
+        if waiting:
             finish()
 
-    def _samples(self) -> Iterator[tuple[Prompt, int, Completion]]:
-        """(problem, number of the sample among the problem's, completion), in the order of the rows."""
+    def _samples(self) -> Iterator[tuple[Prompt, int, _Answer]]:
+        """(problem, number of the sample among the problem's, answer), in the order of the rows."""
         by_id = {prompt.prompt_id: prompt for prompt in self.prompts}
         counts: Counter[str] = Counter()
-        for row in self._rows():
-            name = str(row.column(self.cfg.problem_field, str | int, meaning="problem"))
-            if name not in by_id:
-                if self.has_others:
-                    continue
+        for place, name, number, answer in self._answers():
+            if name in by_id:
+                number = counts[name] if number is None else number
+                counts[name] += 1
+                if number < self.num_samples:
+                    yield by_id[name], number, answer
+            elif not self.has_others:
                 raise DataError(
-                    f"{row.place}: column {self.cfg.problem_field!r} is {name!r}, which is no problem of the "
+                    f"{place}: column {self.cfg.problem_field!r} is {name!r}, which is no problem of the "
                     f"benchmark: its ids are {next(iter(by_id))!r}, ... ({len(by_id)} in all)"
                 )
-            for completion in self._completions(row):
-                if counts[name] < self.num_samples:
-                    yield by_id[name], counts[name], completion
-                counts[name] += 1
 
-    def _rows(self) -> Iterator[Row]:
-        folder = Path(self.cfg.path)
-        if not folder.is_dir():
-            yield from read_source(folder)
+    def _answers(self) -> Iterator[tuple[str, str, int | None, _Answer]]:
+        """(place, problem's id, number of the sample where it has one, answer)."""
+        path = Path(self.cfg.path)
+        if (path / SETTINGS_FILE).exists():  # an evaluation's own: torn and repeated lines are known there
+            for sample in read_samples(path):
+                answer = _Answer(sample.text, sample.finish_reason == "length", sample.num_tokens)
+                yield str(path), sample.problem, sample.sample, answer
             return
-        paths = sorted(folder.glob("*.jsonl"))
-        if not paths:
-            raise DataError(f"{folder}: holds no *.jsonl files: name the folder or file with the generations")
-        for path in paths:
-            yield from read_jsonl(path)
+        for row in _rows(path):
+            name = str(row.column(self.cfg.problem_field, str | int, meaning="problem"))
+            for answer in _row_answers(row, self.cfg):
+                yield row.place, name, None, answer
 
-    def _completions(self, row: Row) -> Iterator[Completion]:
-        text = row.column(self.cfg.text_field, str | list, meaning="text")
-        texts = text if isinstance(text, list) else [text]
-        reasons = self._beside(row, self.cfg.finish_field, text, len(texts))
-        lengths = self._beside(row, self.cfg.num_tokens_field, text, len(texts))
-        for i, (one, reason, length) in enumerate(zip(texts, reasons, lengths, strict=True)):
-            if not isinstance(one, str):
-                raise DataError(
-                    f"{row.place}: item {i} of column {self.cfg.text_field!r} is {describe(one)}, expected a "
-                    "string"
-                )
-            if length is not None and (not isinstance(length, int) or length < 0):
-                raise DataError(
-                    f"{row.place}: column {self.cfg.num_tokens_field!r} is {describe(length)}, expected a "
-                    "number of tokens"
-                )
-            num_tokens = length or 0
-            yield Completion(
-                token_ids=np.zeros(num_tokens, np.int32),  # a reward sees the length, not the tokens
-                log_probs=np.zeros(num_tokens, np.float32),
-                text=one,
-                finish_reason="length" if reason == "length" else "stop",
-                versions=((0, num_tokens),),
-            )
 
-    def _beside(self, row: Row, column: str, text: object, num: int) -> list[object]:
-        """What an optional column says of each text of the row."""
-        value = row.values.get(column)
-        if not isinstance(text, list) or value is None:
-            return [value] * num
-        if not isinstance(value, list) or len(value) != num:
+@dataclass(frozen=True)
+class _Answer:
+    text: str
+    is_cut: bool
+    num_tokens: int | None
+
+    def completion(self) -> Completion:
+        """As a reward sees it: with its length, without its tokens."""
+        num_tokens = self.num_tokens or 0
+        return Completion(
+            token_ids=np.zeros(num_tokens, np.int32),
+            log_probs=np.zeros(num_tokens, np.float32),
+            text=self.text,
+            finish_reason="length" if self.is_cut else "stop",
+            versions=((0, num_tokens),),
+        )
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    if not path.is_dir():
+        yield from read_source(path)
+        return
+    paths = sorted(path.glob("*.jsonl"))
+    if not paths:
+        raise DataError(f"{path}: holds no *.jsonl files: name the folder or file with the generations")
+    for file in paths:
+        yield from read_jsonl(file)
+
+
+def _row_answers(row: Row, cfg: GenerationsConfig) -> Iterator[_Answer]:
+    value = row.column(cfg.text_field, str | list, meaning="text")
+    texts = value if isinstance(value, list) else [value]
+    reasons = _beside(row, cfg.finish_field, texts, value)
+    lengths = _beside(row, cfg.num_tokens_field, texts, value)
+    for i, (text, reason, length) in enumerate(zip(texts, reasons, lengths, strict=True)):
+        if not isinstance(text, str):
             raise DataError(
-                f"{row.place}: column {column!r} is {describe(value)}, expected a list of {num}, one for "
-                f"each of {self.cfg.text_field!r}"
+                f"{row.place}: item {i} of column {cfg.text_field!r} is {describe(text)}, expected a string"
             )
-        return value
+        yield _Answer(
+            text, _is_cut(row, cfg.finish_field, reason), _length(row, cfg.num_tokens_field, length)
+        )
+
+
+def _beside(row: Row, column: str, texts: Sequence[Any], text: Any) -> Sequence[Any]:
+    """What an optional column says of each text of the row."""
+    value = row.values.get(column)
+    if value is None or text is not texts:
+        return [value] * len(texts)
+    if not isinstance(value, list) or len(value) != len(texts):
+        raise DataError(
+            f"{row.place}: column {column!r} is {describe(value)}, expected a list of {len(texts)}, one for "
+            "each text"
+        )
+    return value
+
+
+def _is_cut(row: Row, column: str, reason: Any) -> bool:
+    """Whether an answer ended at the limit: SGLang, vLLM and others say "length", some in an object."""
+    if isinstance(reason, Mapping):
+        reason = reason.get("type")
+    if reason is not None and not isinstance(reason, str):
+        raise DataError(
+            f"{row.place}: column {column!r} is {describe(reason)}, expected text such as stop or length, or "
+            "null"
+        )
+    return reason in _CUT
+
+
+def _length(row: Row, column: str, length: Any) -> int | None:
+    """Tokens of an answer; columns with gaps hold numbers like 3.0, and NaN."""
+    if length is None or length != length:
+        return None
+    if not isinstance(length, int | float) or length != int(length) or not 0 <= length <= _MAX_TOKENS:
+        raise DataError(
+            f"{row.place}: column {column!r} is {describe(length)}, expected a number of tokens, at most "
+            f"{_MAX_TOKENS}"
+        )
+    return int(length)

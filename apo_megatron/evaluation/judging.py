@@ -14,7 +14,9 @@ from apo_megatron.types import Completion
 
 
 def judge(
-    reward: Reward, requests: Sequence[SampleRequest], completions: Sequence[Sequence[Completion]]
+    reward: Reward,
+    requests: Sequence[SampleRequest],
+    completions: Sequence[Sequence[Completion]],
 ) -> list[list[JudgedSample]]:
     """The samples of each request, judged. Raises DataError and RewardError as rewards do."""
     prompts = [request.prompt for request in requests]
@@ -33,7 +35,7 @@ def judge(
                     sample=request.first + i,
                     text=completion.text,
                     finish_reason=completion.finish_reason,
-                    num_tokens=len(completion.token_ids) or None,
+                    num_tokens=len(completion.token_ids),
                     reward=None if math.isnan(value) else float(value),
                     answer=answer,
                 )

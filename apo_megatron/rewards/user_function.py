@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 
 from apo_megatron.errors import ConfigError, RewardError
@@ -56,11 +59,26 @@ def _checked(value: object, where: str) -> float:
     )
 
 
+@contextmanager
+def _working_directory_on_path() -> Iterator[None]:
+    """A console script, unlike ``python -m``, does not look there."""
+    folder = os.getcwd()
+    if folder in sys.path or "" in sys.path:
+        yield
+        return
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
 def _import_function(path: str, field: str) -> RewardFunction:
     module_name, _, function_name = path.partition(":")
     expected = "expected package.module:function, importable from where the run is started"
     try:
-        module = importlib.import_module(module_name)
+        with _working_directory_on_path():
+            module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:  # ValueError: an empty name
         raise ConfigError(f"{field}={path!r}: cannot import {module_name!r} ({error}); {expected}") from error
     function = getattr(module, function_name, None)

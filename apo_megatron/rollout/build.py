@@ -21,20 +21,21 @@ from transformers.utils import logging as transformers_logging
 
 from apo_megatron.config.schema import ModelConfig, RolloutConfig
 from apo_megatron.data.tokenizer import check_tokenizer, load_tokenizer
-from apo_megatron.errors import CheckpointError
+from apo_megatron.errors import CheckpointError, RolloutError
 from apo_megatron.models.transformer_config import TORCH_DTYPES
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.rollout.embedded import EmbeddedEngine
 from apo_megatron.rollout.engine import RolloutEngine
 from apo_megatron.rollout.event_loop import EventLoopThread
 from apo_megatron.rollout.model_limits import ModelLimits
+from apo_megatron.rollout.served_weights import AS_SERVED, ServedWeights
 from apo_megatron.rollout.server import print_note
 from apo_megatron.rollout.server_command import read_api_key
 from apo_megatron.rollout.server_sources import server_source
 from apo_megatron.rollout.server_watch import Note
 from apo_megatron.rollout.sglang import SGLangEngine
-from apo_megatron.rollout.transport import WeightTransport, build_transport
-from apo_megatron.rollout.transports.as_served import AS_SERVED, AsServedTransport
+from apo_megatron.rollout.sglang_update import Updater, WeightUpdater
+from apo_megatron.rollout.transport import build_transport
 from apo_megatron.weights.conversion.megatron_source import MegatronSource
 
 
@@ -54,12 +55,13 @@ def build_engine(
         return build_embedded_engine(rollout, model, parallel.device)
     sglang = rollout.sglang
 
-    def make_transport(loop: EventLoopThread) -> WeightTransport:
+    def make_updater(loop: EventLoopThread) -> WeightUpdater:
         starts_servers = not sglang.urls and sglang.servers_file is None
         folder = run_folder / "rollout_weights"
-        return build_transport(sglang, parallel, loop, folder, same_machine=starts_servers)
+        transport = build_transport(sglang, parallel, loop, folder, same_machine=starts_servers)
+        return WeightUpdater(parallel, loop, transport, rollout.max_canary_gap)
 
-    return _sglang_engine(rollout, model, parallel, run_folder, note, make_transport)
+    return _sglang_engine(rollout, model, parallel, run_folder, note, make_updater)
 
 
 def build_embedded_engine(rollout: RolloutConfig, model: ModelConfig, device: torch.device) -> EmbeddedEngine:
@@ -88,7 +90,7 @@ def load_engine(
     if rollout.engine == "embedded":
         return load_embedded_engine(rollout, model, parallel.device)
     engine = _sglang_engine(
-        rollout, model, parallel, run_folder, note, lambda loop: AsServedTransport(parallel, loop)
+        rollout, model, parallel, run_folder, note, lambda loop: ServedWeights(parallel, loop)
     )
     engine.update_weights(AS_SERVED, version=0)
     return engine
@@ -128,7 +130,13 @@ def _load_megatron(
 ) -> EmbeddedEngine:
     engine = build_embedded_engine(rollout, model, device)
     with MegatronSource(folder, config_from=model.hf_path) as source:
-        engine.load_weights((entry.to_hf([source.read(entry)]) for entry in source.entries), version=0)
+        try:
+            engine.load_weights((entry.to_hf([source.read(entry)]) for entry in source.entries), version=0)
+        except RolloutError as error:
+            raise CheckpointError(
+                f"model.megatron_path={folder}: not the weights of model.hf_path={model.hf_path} ({error}): "
+                "name the model that training started from as model.hf_path"
+            ) from error
     return engine
 
 
@@ -145,7 +153,7 @@ def _sglang_engine(
     parallel: ParallelContext,
     run_folder: Path,
     note: Note,
-    make_transport: Callable[[EventLoopThread], WeightTransport],
+    make_updater: Callable[[EventLoopThread], Updater],
 ) -> SGLangEngine:
     config = _read_config(model)
     tokenizer = load_tokenizer(model.hf_path)
@@ -157,7 +165,7 @@ def _sglang_engine(
 
     api_key = read_api_key(rollout.sglang)
     loop = EventLoopThread()
-    transport = make_transport(loop)
+    updater = make_updater(loop)
     source = None
     if parallel.is_main:  # servers load their weights while the trainer loads its own
         on_cpu = parallel.device.type == "cpu"
@@ -168,7 +176,7 @@ def _sglang_engine(
         decode,
         parallel,
         loop,
-        transport,
+        updater,
         source,
         api_key,
         note,

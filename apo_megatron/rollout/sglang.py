@@ -2,7 +2,8 @@
 
 Who does what: sglang_client.py speaks to one server, sglang_server.py knows its state, sglang_servers.py
 which of all a request goes to; sglang_generation.py draws and retries; sglang_update.py brings weights in and
-proves it; server_sources.py says which servers there are; transport.py carries the weights. This file ties
+proves it (served_weights.py: leaves those that are there); server_sources.py says which servers there are;
+transport.py carries the weights. This file ties
 them together, and keeps the ranks together: rank 0 decides, the others follow.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 import aiohttp
 
@@ -26,11 +26,10 @@ from apo_megatron.rollout.server_sources import ServerSource
 from apo_megatron.rollout.sglang_client import SGLangClient, open_session
 from apo_megatron.rollout.sglang_generation import ABORT_SECONDS, Decode, DrawSettings, SGLangGeneration
 from apo_megatron.rollout.sglang_servers import ServerSet
-from apo_megatron.rollout.sglang_update import UpdateOutcome, WeightUpdater, run_on_main
+from apo_megatron.rollout.sglang_update import UpdateOutcome, Updater, run_on_main
 from apo_megatron.types import Completion, Prompt
 
 if TYPE_CHECKING:
-    from apo_megatron.rollout.transport import WeightTransport
     from apo_megatron.weights.source import WeightSource
 
 NOTE_SECONDS = 10.0  # between two status lines while there is nothing to do but wait
@@ -52,7 +51,7 @@ class SGLangEngine:
         decode: Decode,
         parallel: World,
         loop: EventLoopThread,
-        transport: WeightTransport,
+        updater: Updater,
         source: ServerSource | None,
         api_key: str | None,
         note: Callable[[str], None],
@@ -60,12 +59,10 @@ class SGLangEngine:
         assert (source is not None) == parallel.is_main
         self.policy_version = -1
         self._cfg, self._limits, self._decode = cfg, limits, decode
-        self._parallel, self._loop, self._transport = parallel, loop, transport
+        self._parallel, self._loop, self._updater = parallel, loop, updater
         self._source, self._note = source, note
         self._session = loop.run(open_session(api_key))
         self._servers = loop.run(_make_servers(cfg, limits, self._session, parallel.rank, source))
-        self._updater = WeightUpdater(parallel, loop, transport, cfg.max_canary_gap)
-        self._run_id = run_on_main(lambda: uuid4().hex[:8], parallel)
         self._probe: Probe | None = None
         self._generations: list[SGLangGeneration] = []
         self._is_asleep = False
@@ -73,6 +70,11 @@ class SGLangEngine:
         self._has_noted_unchanged = False
         self._failure: str | None = None  # rank 0: why there is no hope
         self._last_note = monotonic()
+
+    @property
+    def weights_label(self) -> str:
+        """What the servers call the weights that they should have; "" before the first update."""
+        return self._servers.label
 
     # Drawing: no collective
 
@@ -121,13 +123,13 @@ class SGLangEngine:
         self._stop_generations()
         if self._source is not None and self._is_asleep:
             self._source.hold_starts(False)
-        label = f"{self._run_id}-{version}"
         self._give_up_at = monotonic() + self._cfg.sglang.unavailable_timeout
-        outcome = UpdateOutcome({}, {})
+        label, outcome = "", UpdateOutcome({}, {})
         while not outcome.proofs:
             names: list[str] = []
             while not names:  # in slices: a collective must not outlast the time-out of its group
                 names = self._agree(self._wait_for_servers)
+            label = label or self._updater.new_label([self._servers[name] for name in names], version)
             outcome = self._push(names, source, label, probe)
             if not outcome.proofs:
                 sleep(self._cfg.sglang.health_interval)
@@ -181,7 +183,7 @@ class SGLangEngine:
         self.policy_version = -1
         try:
             self._stop_generations()
-            self._transport.close()
+            self._updater.close()
             self._loop.run(_close_connections(self._servers, self._session))
         finally:
             if self._source is not None:

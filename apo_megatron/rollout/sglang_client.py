@@ -192,9 +192,10 @@ class SGLangClient:
         )
         return self._text_field(info, "weight_version", "/model_info")
 
-    async def set_weight_label(self, label: str) -> None:
-        """Change the label alone, while nothing runs."""
-        await self.post("/update_weight_version", {"new_version": label}, timeout=self._control_timeout)
+    async def set_weight_label(self, label: str, abort: bool = True) -> None:
+        """Change the label alone. What runs is aborted, or (``abort`` False) ends under the new one."""
+        body = {"new_version": label, "abort_all_requests": abort}
+        await self.post("/update_weight_version", body, timeout=self._control_timeout)
 
     async def checksum(self) -> str | None:
         """A digest of all weights with the number of the server's ranks; None where it offers none."""

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
+from uuid import uuid4
 
 import numpy as np
 
@@ -46,6 +47,29 @@ class UpdateOutcome:
     unchanged: tuple[str, ...] = ()  # servers with the checksum that they had under the label before
 
 
+class Updater(Protocol):
+    """Sees to it that servers have the weights that the engine wants. Every rank has one."""
+
+    def new_label(self, servers: Sequence[SGLangClient], version: int) -> str:
+        """What the weights of ``version`` are called; "" where no server can tell. Collective."""
+        ...
+
+    def update(
+        self, servers: Sequence[SGLangClient], source: WeightSource, label: str, probe: Probe | None
+    ) -> UpdateOutcome:
+        """``servers`` have the weights ``label`` now, but those with problems. Collective; RolloutError on
+        every rank where one has others and always will."""
+        ...
+
+    def put_to_sleep(self, servers: Sequence[SGLangClient]) -> Problems:
+        """Have servers release their memory. Collective."""
+        ...
+
+    def close(self) -> None:
+        """Free what is held. Not collective."""
+        ...
+
+
 class WeightUpdater:
     """Brings weights into servers: pause, transfer, flush, continue, canary.
 
@@ -69,7 +93,12 @@ class WeightUpdater:
         self._released: dict[str, list[str]] = {}
         self._checksums: dict[str, str] = {}  # of servers with the label ...
         self._label = ""
+        self._run_id = run_on_main(lambda: uuid4().hex[:8], parallel)
         self._previous: dict[str, str] = {}  # checksums of servers under the label before
+
+    def new_label(self, servers: Sequence[SGLangClient], version: int) -> str:
+        """The label of a new policy version, which no other run gives."""
+        return f"{self._run_id}-{version}"
 
     def update(
         self, servers: Sequence[SGLangClient], source: WeightSource, label: str, probe: Probe | None
@@ -79,16 +108,16 @@ class WeightUpdater:
         Raises RolloutError on every rank where a server does not say what the ``probe`` says, or where
         servers with the same weights have different checksums.
         """
-        problems = self._on_main(lambda: self._each(servers, self._pause)[1])
+        problems = self._on_main(lambda: on_each(self._loop, servers, self._pause)[1])
         paused = [server for server in servers if server.name not in problems]
         if paused:
             problems = {**problems, **self._transport.push(source, paused, label)}
         updated = [server for server in paused if server.name not in problems]
 
         def finish() -> tuple[dict[str, Proof], Problems]:
-            proofs, more = self._each(updated, lambda server: self._finish(server, label, probe))
+            proofs, more = on_each(self._loop, updated, lambda server: self._finish(server, label, probe))
             failed = [server for server in servers if server.name in {**problems, **more}]
-            self._each(failed, self._go_on)
+            on_each(self._loop, failed, self._go_on)
             return proofs, more
 
         proofs, more = self._on_main(finish)
@@ -110,7 +139,11 @@ class WeightUpdater:
             self._released[server.name] = list(MEMORY_TAGS)
             await server.set_weight_label(ASLEEP)
 
-        return self._on_main(lambda: self._each(servers, sleep)[1])
+        return self._on_main(lambda: on_each(self._loop, servers, sleep)[1])
+
+    def close(self) -> None:
+        """Free what the transport holds. Not collective."""
+        self._transport.close()
 
     async def _pause(self, server: SGLangClient) -> None:
         await server.pause()
@@ -165,6 +198,13 @@ class WeightUpdater:
                 )
         if label != self._label:
             self._label, self._previous, self._checksums = label, self._checksums, {}
+        for name, proof in proofs.items():
+            before = self._checksums.get(name)
+            if before is not None and proof.checksum not in (None, before):
+                raise RolloutError(
+                    f"server {name} came back and took the weights {label} again, but their checksum is "
+                    f"{proof.checksum}, not {before} as before: it did not take them as they are"
+                )
         self._checksums |= {name: p.checksum for name, p in proofs.items() if p.checksum is not None}
         by_size: dict[str, dict[str, str]] = {}
         for name, checksum in self._checksums.items():
@@ -178,28 +218,34 @@ class WeightUpdater:
                     "at least one of them did not take them as they are"
                 )
 
-    def _each(
-        self, servers: Sequence[SGLangClient], action: Callable[[SGLangClient], Awaitable[T]]
-    ) -> tuple[dict[str, T], Problems]:
-        """``action`` on all servers at once: results of those where it went well, problems of the others."""
-
-        async def attempt(server: SGLangClient) -> T | ServerError:
-            try:
-                return await action(server)
-            except ServerError as error:
-                if not error.retryable:  # a wrong key, or no SGLang server at all
-                    raise RolloutError(str(error)) from error
-                return error
-
-        async def attempt_all() -> list[T | ServerError]:
-            return await asyncio.gather(*(attempt(server) for server in servers))
-
-        outcomes = dict(zip([s.name for s in servers], self._loop.run(attempt_all()), strict=True))
-        problems = {name: str(found) for name, found in outcomes.items() if isinstance(found, ServerError)}
-        return {n: found for n, found in outcomes.items() if not isinstance(found, ServerError)}, problems
-
     def _on_main(self, action: Callable[[], T]) -> T:
         return run_on_main(action, self._parallel)
+
+
+def on_each(
+    loop: EventLoopThread,
+    servers: Sequence[SGLangClient],
+    action: Callable[[SGLangClient], Awaitable[T]],
+) -> tuple[dict[str, T], Problems]:
+    """``action`` on all servers at once: results of those where it went well, problems of the others.
+
+    Raises RolloutError for a problem that no repetition can mend.
+    """
+
+    async def attempt(server: SGLangClient) -> T | ServerError:
+        try:
+            return await action(server)
+        except ServerError as error:
+            if not error.retryable:  # a wrong key, or no SGLang server at all
+                raise RolloutError(str(error)) from error
+            return error
+
+    async def attempt_all() -> list[T | ServerError]:
+        return await asyncio.gather(*(attempt(server) for server in servers))
+
+    outcomes = dict(zip([s.name for s in servers], loop.run(attempt_all()), strict=True))
+    problems = {name: str(found) for name, found in outcomes.items() if isinstance(found, ServerError)}
+    return {n: found for n, found in outcomes.items() if not isinstance(found, ServerError)}, problems
 
 
 def run_on_main(action: Callable[[], T], parallel: World) -> T:

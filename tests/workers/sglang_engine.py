@@ -27,6 +27,7 @@ from apo_megatron.rollout.model_limits import ModelLimits
 from apo_megatron.rollout.server_sources import FileServers, ListedServers
 from apo_megatron.rollout.sglang import SGLangEngine
 from apo_megatron.rollout.sglang_client import ServerError, SGLangClient
+from apo_megatron.rollout.sglang_update import WeightUpdater
 from apo_megatron.types import Completion, Prompt
 from tests.fault_proxy import FaultProxy
 from tests.sglang_models import MAX_POSITIONS, VOCAB_SIZE
@@ -105,12 +106,12 @@ class Scene:
             unavailable_timeout=payload.get("unavailable_timeout", 300.0),
         )
         self.engine = SGLangEngine(
-            RolloutConfig(engine="sglang", sglang=cfg, max_canary_gap=0.01),
+            RolloutConfig(engine="sglang", sglang=cfg),
             ModelLimits(VOCAB_SIZE, MAX_POSITIONS, eos_token_ids=frozenset()),
             lambda ids: tokenizer.batch_decode(ids, skip_special_tokens=True),
             world,
             loop,
-            self.transport,
+            WeightUpdater(world, loop, self.transport, max_canary_gap=0.01),
             self.source,
             api_key=None,
             note=self.notes.append,
