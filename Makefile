@@ -37,7 +37,7 @@ demo: $(INSTALLED) $(if $(filter sglang,$(ROLLOUT)),$(SGLANG_INSTALLED)) ## Cold
 test: both browser ## Linters and all tests (those that need a GPU are skipped without one)
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS) || status=1; \
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) || status=1; \
 	exit $$status
 
 lint: $(INSTALLED) ## Linter, formatter (check only), type checker
