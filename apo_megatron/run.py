@@ -94,7 +94,7 @@ class Run:
                 self.note("the layout is another one: the random state is seeded anew")
         self._logger = MetricsLogger(self.folder, self._cfg.logging, self._parallel.is_main, start)
         if isinstance(self._cfg, RLConfig):
-            self._step_files = StepFiles(self._cfg.train, self._parallel, start)
+            self._step_files = StepFiles(self._cfg.train, self._parallel, start, self.note)
             self._closing.callback(self._step_files.close)
         if self._parallel.is_main:
             dump_config(self._cfg, self.folder / "config.yaml")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from apo_megatron.data.tokenizer import decode_each
 from apo_megatron.rollout.gathering import SampleColumns
 from apo_megatron.rollout.sample_records import step_path, write_step
 from apo_megatron.rollout.sampler import StepSamples
-from apo_megatron.telemetry.terminal import escaped
+from apo_megatron.telemetry.terminal import escaped, escaped_line
 from apo_megatron.types import Completion, Prompt, Sample, SampleGroup
 from tools.view_rollouts import main
 
@@ -65,6 +66,7 @@ def test_tokens_join_to_the_text_and_a_character_belongs_to_its_last_token() -> 
 def test_no_control_character_gets_through() -> None:
     # Colours, title, cursor, carriage return, C1, right-to-left override, zero width, line separator.
     hostile = "\x1b[31m \x1b]0;t\x07 \x08 \r \x9b2J \u202e \u200b \u2028 \x00"
+    assert escaped_line("p0\n#0\tx\x1b") == "p0\\n#0\\tx\\x1b"
     assert escaped(hostile).isprintable() and "\\x1b[31m" in escaped(hostile)
     assert escaped("a\tb\nc é中 \\frac") == "a\tb\nc é中 \\frac"
 
@@ -219,6 +221,23 @@ def test_a_terminal_gets_colours_through_the_pager(run: Path) -> None:
     text = shown.decode()
     assert text.startswith("paged:") and "\x1b[4;36mb" in text and "⟦" not in text
     assert "60.0 %" in text
+
+
+def test_interrupting_the_pager_s_search_leaves_nobody_behind(run: Path, tmp_path: Path) -> None:
+    ended = tmp_path / "ended"
+    pager = f"""bash -c 'trap "sleep 1; touch {ended}; exit" INT; cat; echo at-the-prompt; sleep 60 & wait'"""
+    controller, terminal = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "PAGER": pager}
+    process = subprocess.Popen(
+        _command(run), cwd=ROOT, env=environment, stdin=terminal, stdout=terminal, start_new_session=True
+    )
+    os.close(terminal)
+    shown = b""
+    while b"at-the-prompt" not in shown:
+        shown += os.read(controller, 65536)
+    os.killpg(process.pid, signal.SIGINT)  # what the terminal does at Ctrl-C
+    assert process.wait(60) == 0 and ended.exists()
+    os.close(controller)
 
 
 def test_a_reader_may_leave_early(run: Path) -> None:

@@ -25,7 +25,7 @@ from apo_megatron.data.tokenizer import decode_each, load_tokenizer
 from apo_megatron.errors import ConfigError, DataError
 from apo_megatron.rollout.sample_records import ROLLOUTS_FOLDER, SampleRecord, read_step, step_paths
 from apo_megatron.telemetry.command import run_command
-from apo_megatron.telemetry.terminal import escaped, paged_console
+from apo_megatron.telemetry.terminal import escaped, escaped_line, paged_console
 
 VERDICT_STYLES = {"right": "bold green", "wrong": "bold red", "unjudged": "bold yellow"}
 PULLED_STYLE = "cyan underline"
@@ -128,7 +128,7 @@ class View:
             f"{record.pulled.count('1')} pulled" if record.pulled and (record.advantage or 0) < 0 else "",
             REASONS[record.not_trained] if record.not_trained else "",
         ]
-        place = f"step {record.step}  {escaped(record.problem)} #{record.sample}  "
+        place = f"step {record.step}  {escaped_line(record.problem)} #{record.sample}  "
         rest = "  ".join(part for part in parts if part)
         return Text.assemble((place, "dim"), (verdict, VERDICT_STYLES[verdict]), f"  {rest}")
 

@@ -64,7 +64,11 @@ def _prompt_id(row: Row, form: PromptFormat) -> str:
     if not isinstance(value, str | int) or isinstance(value, bool):
         column = form.id_field or "id"
         raise DataError(f"{row.place}: column {column!r} is {value!r}, expected a string or an integer")
-    return str(value)
+    name = str(value)
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        column = form.id_field or "id"
+        raise DataError(f"{row.place}: column {column!r} is {name!r}, which is no valid Unicode: mend the id")
+    return name
 
 
 def read_unique_rows(

@@ -93,7 +93,7 @@ def write_step(
                     buffered.write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
     if keep:
         for old in list(step_paths(folder).values())[:-keep]:
-            old.unlink()
+            old.unlink(missing_ok=True)
 
 
 def read_step(path: Path) -> Iterator[SampleRecord]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,21 +24,23 @@ class StepFiles:
     A run that goes on after step ``after_step`` writes the later steps again: their files are removed.
     """
 
-    def __init__(self, cfg: TrainConfig, parallel: ParallelContext, after_step: int) -> None:
-        self._cfg, self._parallel = cfg, parallel
+    def __init__(
+        self, cfg: TrainConfig, parallel: ParallelContext, after_step: int, note: Callable[[str], None]
+    ) -> None:
+        """``note`` takes a line about a file that could not be written: no run ends for that."""
+        self._cfg, self._parallel, self._note = cfg, parallel, note
         self._folder = Path(cfg.run_dir) / ROLLOUTS_FOLDER
         self._thread = ThreadPoolExecutor(1, "rollout files")
         self._under_way: Future[None] | None = None
         if parallel.is_main:
             for step, path in step_paths(self._folder).items():
                 if step > after_step:
-                    path.unlink()
+                    path.unlink(missing_ok=True)
 
     def save(self, step: int, samples: StepSamples, batch: Batch | None) -> None:
         """Begin to write the samples of ``step`` (counted from 1), where it is due. Collective.
 
-        ``batch``: what the step trained on, after its updates; None where it did not train. Raises the
-        OSError of the file before this one, if that could not be written.
+        ``batch``: what the step trained on, after its updates; None where it did not train.
         """
         if not self._cfg.save_rollouts or step % self._cfg.save_rollouts:
             return
@@ -49,10 +52,18 @@ class StepFiles:
             )
 
     def finish(self) -> None:
-        """Wait until what was begun is on disk. Raises OSError where it could not be written."""
+        """Wait until what was begun is on disk, or has failed."""
         under_way, self._under_way = self._under_way, None
-        if under_way is not None:
+        if under_way is None:
+            return
+        try:
             under_way.result()
+        except OSError as error:
+            self._note(
+                f"the samples of a step could not be written into {self._folder} "
+                f"({error.strerror or error}): training goes on without that file. Make room, lower "
+                "train.keep_rollouts, or set train.save_rollouts=0"
+            )
 
     def close(self) -> None:
         """Wait until nothing is written any more; raises nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,11 @@ def escaped(text: str) -> str:
         char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode("ascii")
         for char in text
     )
+
+
+def escaped_line(text: str) -> str:
+    """``escaped`` for what must stay on its line: line breaks and tabs, too."""
+    return escaped(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 @contextmanager
@@ -68,4 +74,10 @@ def _piped(pager: list[str], terminal: Console) -> Iterator[Console]:
         encoding=sys.stdout.encoding,
         errors="backslashreplace",
     ) as process:
-        yield _Console(file=process.stdin, force_terminal=True, width=terminal.width, highlight=False)
+        # Ctrl-C is the pager's own key: whoever ends here would leave it behind, with the shell's keyboard.
+        before = signal.signal(signal.SIGINT, lambda number, frame: None)
+        try:
+            yield _Console(file=process.stdin, force_terminal=True, width=terminal.width, highlight=False)
+            process.communicate()
+        finally:
+            signal.signal(signal.SIGINT, before)

@@ -39,7 +39,8 @@ def write_files(payload: dict[str, Any]) -> None:
             actor.update(part, objective, take_pulled=batch.pulled.append)
         run_dir = Path(payload["folder"], name)
         run_dir.mkdir(exist_ok=True)
-        files = StepFiles(TrainConfig(run_dir=str(run_dir), num_steps=1), parallel, after_step=0)
+        train = TrainConfig(run_dir=str(run_dir), num_steps=1)
+        files = StepFiles(train, parallel, after_step=0, note=print)
         files.save(1, StepSamples(groups, {}), batch)
         files.finish()
 
