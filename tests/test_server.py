@@ -170,6 +170,7 @@ def test_the_last_restart_is_the_last(pool: Pool) -> None:
     assert failure is not None
     assert "server-0 was restarted 1 times (rollout.sglang.max_restarts)" in failure
     assert "was killed (SIGKILL)" in failure and "  | " in failure
+    assert any("server-0 was restarted 1 times" in note and "is given up" in note for note in pool.notes)
     assert [address.name for address in pool.servers.addresses()] == ["server-1"]
     survivors = processes_of(pool.log_folder / "server-1.log")
     pool.servers.close()

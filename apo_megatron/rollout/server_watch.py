@@ -151,6 +151,7 @@ class WatchedServer:
             if num_restarts == self._cfg.max_restarts:
                 limit = f"restarted {num_restarts} times (rollout.sglang.max_restarts)"
                 self._fail(f"{self.name} was {limit}. {problem}")
+                self._note(f"{problem}\n{self.name} was {limit} and is given up: other servers go on alone")
                 return
             num_restarts += 1
             self._note(f"{problem}\nrestart {num_restarts} of {self._cfg.max_restarts} in {pause:g} s")
