@@ -7,6 +7,7 @@ import dataclasses
 import json
 import random
 import re
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -21,6 +22,7 @@ from apo_megatron.evaluation.pass_at_k import pass_at_k
 from apo_megatron.evaluation.report import page as report_page
 from apo_megatron.evaluation.report import write_report
 from apo_megatron.evaluation.report.folders import BenchmarkResult, read_evaluations
+from apo_megatron.evaluation.sample_store import claim_folder
 from tests.evaluation_folders import benchmark_result, draw_counts, solve_chances, write_evaluation
 from tests.headless_browser import open_page
 from tools.compare_evaluations import main
@@ -136,9 +138,11 @@ SETTINGS = {
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """As the evaluation command does before the first sample."""
     for generations in (folder / "generations").iterdir():
-        content = {"settings": settings, "num_samples": [NUM_SAMPLES], "weights": None}
-        (generations / "settings.json").write_text(json.dumps(content))
+        claimed = folder / "claimed" / generations.name
+        claim_folder(claimed, settings, NUM_SAMPLES)
+        shutil.copytree(claimed, generations, dirs_exist_ok=True)
 
 
 def warnings_of(*folders: Path, out: Path) -> list[str]:
