@@ -7,6 +7,7 @@ import dataclasses
 import json
 import random
 import re
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -17,9 +18,11 @@ import pytest
 
 from apo_megatron.errors import DataError
 from apo_megatron.evaluation.comparison import compare
+from apo_megatron.evaluation.pass_at_k import pass_at_k
 from apo_megatron.evaluation.report import page as report_page
 from apo_megatron.evaluation.report import write_report
 from apo_megatron.evaluation.report.folders import BenchmarkResult, read_evaluations
+from apo_megatron.evaluation.sample_store import claim_folder
 from tests.evaluation_folders import benchmark_result, draw_counts, solve_chances, write_evaluation
 from tests.headless_browser import open_page
 from tools.compare_evaluations import main
@@ -88,7 +91,6 @@ def test_numbers_are_those_of_the_results(base: Path, trained: Path, tmp_path: P
             assert shown["correct"] == result["num_correct"]
             for name in ("truncation_rate", "verifier_failures", "distinct_correct", "mean_response_length"):
                 assert shown[name] == result[name]
-            assert shown["mean_at_n"] == pytest.approx(result["pass_at_k"]["1"])
         expected = compare(
             BenchmarkResult.model_validate(of_trained), BenchmarkResult.model_validate(of_base), KS
         )
@@ -122,6 +124,114 @@ def test_warnings_in_words(base: Path, trained: Path, tmp_path: Path) -> None:
     assert "7.0 % of the samples were cut off" in text
     assert "3 of 600 samples (0.5 %) could not be judged" in text
     assert "own left out" in text and "no width" not in text and "rests on all" not in text
+
+
+SETTINGS = {
+    "evaluation.temperature": 1.0,
+    "evaluation.seed": 1,
+    "model.dtype": "bfloat16",
+    "rollout.max_new_tokens": 512,
+    "files of the model (names, sizes, times)": "0f",
+    "reward": "MathReward",
+    "problems": "ab",
+}
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """As the evaluation command does before the first sample."""
+    for generations in (folder / "generations").iterdir():
+        claimed = folder / "claimed" / generations.name
+        claim_folder(claimed, settings, NUM_SAMPLES)
+        shutil.copytree(claimed, generations, dirs_exist_ok=True)
+
+
+def warnings_of(*folders: Path, out: Path) -> list[str]:
+    return [warning.text for warning in write_report(folders, out / "report.html")]
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"evaluation.temperature": 0.6}, "evaluation.temperature: 1.0 there, 0.6 here, so differences are"),
+        (
+            {"evaluation.temperature": 0.6, "reward": "m:f"},
+            "evaluation.temperature: 1.0 there, 0.6 here; reward: MathReward there, m:f here, so differences",
+        ),
+        ({"rollout.new": [7]}, "rollout.new: not recorded there, [7] here, so differences are not the"),
+    ],
+)
+def test_other_settings_are_named_and_no_contraction_is_claimed(
+    base: Path, trained: Path, tmp_path: Path, change: dict[str, Any], found: str
+) -> None:
+    write_settings(base, SETTINGS)
+    write_settings(trained, SETTINGS | change)
+    text = "\n".join(warnings_of(base, trained, out=tmp_path))
+    assert f"trained: other settings than for base. {found}" in text
+    assert "more than the checkpoint differs between the two" in text and "is contracting" not in text
+
+
+def test_what_a_checkpoint_brings_along_is_no_other_setting(
+    base: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Nor is a file that one of the two lacks, nor chance."""
+    of_model = {
+        "evaluation.seed": 2,
+        "model.dtype": "float32",
+        "files of the model (names, sizes, times)": "1e",
+        "problems": "cd",
+    }
+    without = warnings_of(base, trained, out=tmp_path)
+    write_settings(base, SETTINGS)
+    assert warnings_of(base, trained, out=tmp_path) == without
+    write_settings(trained, SETTINGS | of_model)
+    assert warnings_of(base, trained, out=tmp_path) == without
+    assert "is contracting" in "\n".join(without)
+
+
+def test_broken_settings_are_an_error(base: Path, trained: Path, tmp_path: Path) -> None:
+    path = base / "generations" / "aime" / "settings.json"
+    path.write_text("[]")
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        write_report([base, trained], tmp_path / "report.html")
+
+
+def test_other_gold_answers_are_counted_and_no_contraction_is_claimed(
+    base: Path, trained: Path, tmp_path: Path
+) -> None:
+    for path in (trained / "problems").iterdir():
+        path.write_text(path.read_text().replace('"42"', '"43"', 2))
+    text = "\n".join(warnings_of(base, trained, out=tmp_path))
+    assert f"2 of {NUM_PROBLEMS} problems have another gold answer than for base" in text
+    assert "is contracting" not in text
+
+
+def test_no_k_is_lost(tmp_path: Path) -> None:
+    """A K that only one names, and 1, follow from the counts of the others."""
+    counts = {name: counts_of(1.0, 0.0, seed) for seed, name in enumerate(("a", "b"))}
+    own = {"a": (4, 16), "b": (8,)}
+    folders = [
+        write_evaluation(tmp_path / n, n, {"math": benchmark_result(counts[n], NUM_SAMPLES, own[n])})
+        for n in counts
+    ]
+    write_report(folders, tmp_path / "report.html")
+    (benchmark,) = data_of(tmp_path / "report.html")["benchmarks"]
+    assert benchmark["ks"] == [row["k"] for row in benchmark["comparisons"][0]] == [1, 4, 8, 16]
+    for name, checkpoint in zip(counts, benchmark["checkpoints"], strict=True):
+        for k, (value, low, high) in checkpoint["pass_at_k"].items():
+            assert value == pytest.approx(pass_at_k(NUM_SAMPLES, counts[name], int(k)).mean(), abs=1e-12)  # type: ignore[union-attr]
+            assert 0 <= low < value < high <= 1
+        assert list(checkpoint["majority_at_k"]) == [str(k) for k in own[name]]
+
+
+def test_a_contraction_is_one_against_pass_at_1(tmp_path: Path) -> None:
+    """Here Pass@2 rises and Pass@8 falls, the only K that are named; but Pass@1 falls, too."""
+    folders = []
+    for name, counts in (("a", [10] * 20 + [2] * 25), ("b", [6] * 20 + [5] * 20 + [0] * 5)):
+        result = benchmark_result(counts, 10, (2, 8))
+        folders.append(write_evaluation(tmp_path / name, name, {"math": result}))
+    of_a, of_b = (e.benchmarks["math"].pass_at_k for e in read_evaluations(folders))
+    assert of_a[1] > of_b[1] and of_a[2] < of_b[2] and of_a[8] > of_b[8]
+    assert not [text for text in warnings_of(*folders, out=tmp_path) if "rose" in text]
 
 
 def test_a_contraction_that_may_be_chance_is_not_claimed(tmp_path: Path) -> None:
@@ -297,6 +407,26 @@ def test_the_command(base: Path, trained: Path, tmp_path: Path, capsys: pytest.C
     assert out.read_bytes() == before
 
 
+def test_page_and_terminal_warn_of_the_same(
+    base: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = trained / "problems" / "math.jsonl"
+    problems.write_text(problems.read_text().replace('"42"', '"43"'))
+    path = base / "generations" / "math" / "rank_00000.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    out = tmp_path / "report.html"
+    assert main([str(base), str(trained), "--out", str(out)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    warned = data_of(out)["warnings"]
+    for words in ("another gold answer", "generations of 1 problems", "here 2, the likelier one is below"):
+        assert any(words in warning["text"] for warning in warned), words
+    for warning in warned:
+        where = f"{warning['benchmark']}: " if warning["benchmark"] else ""
+        assert f"note: {where}{warning['text']}" in shown
+    write_report([base], out)
+    assert not [w for w in data_of(out)["warnings"] if "Holm" in w["text"]]
+
+
 def test_all_parts_of_the_page_are_packaged() -> None:
     source = (ROOT / "setup.py").read_text()
     patterns = ast.literal_eval(re.search(r"package_data=(\{.*\})", source)[1])  # type: ignore[index]
@@ -364,6 +494,33 @@ def test_a_browser_shows_everything(
             assert f"{100 * value:.1f}" in table
     assert len(dom.find("article.sample")) == 16
     assert "is contracting" in dom.find("ul.warnings")[0][1]
+
+
+def test_labels_of_the_frontier_cover_no_line(tmp_path: Path) -> None:
+    """Of three checkpoints, the first of which solves nearly all, as a pretrained model does."""
+    counts = {"base": [4] * 29 + [0], "grpo": [12] * 25 + [0] * 5, "apo": [11] * 26 + [0] * 4}
+    folders = [
+        write_evaluation(tmp_path / name, name, {"math": benchmark_result(of, NUM_SAMPLES, KS)})
+        for name, of in counts.items()
+    ]
+    page = tmp_path / "report.html"
+    write_report(folders, page)
+    elements = open_page(page, tmp_path / "profile").elements
+    charts = [i for i, (tag, _, _) in enumerate(elements) if tag == "svg"] + [len(elements)]
+    place = next(
+        i for i in charts if elements[i][1].get("aria-label", "").startswith("Pass@1 against Pass@16")
+    )
+    frontier = elements[place : charts[charts.index(place) + 1]]
+    lines = [at for _, at, _ in frontier if at.get("class") in ("guide c0", "cross")]
+    labels = [(at, "".join(text)) for _, at, text in frontier if at.get("class") == "label"]
+    assert len(lines) == 2 + 2 * 3 and [name for _, name in labels] == list(counts)
+    for at, name in labels:
+        width, y = 8 * len(name), float(at["y"])
+        left = float(at["x"]) - (width if at["text-anchor"] == "end" else 0)
+        for line in lines:
+            (x1, x2), (y1, y2) = (sorted(float(line[f"{axis}{end}"]) for end in "12") for axis in "xy")
+            is_clear = x2 <= left or left + width <= x1 or y2 <= y - 11 or y + 3 <= y1
+            assert is_clear, (name, at, line)
 
 
 def _num_round_points(results: list[Any]) -> int:

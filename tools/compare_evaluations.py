@@ -18,27 +18,24 @@ from rich.table import Table
 from rich.text import Text
 
 from apo_megatron.evaluation.comparison import Comparison
-from apo_megatron.evaluation.report.contents import (
-    SIGNIFICANT,
-    compare_with_first,
-    unshared_benchmarks,
-    warnings_of,
-)
+from apo_megatron.evaluation.report.contents import compare_with_first
 from apo_megatron.evaluation.report.folders import Evaluation, read_evaluations, shared_benchmarks
 from apo_megatron.evaluation.report.page import write_report
+from apo_megatron.evaluation.report.reader_warnings import SIGNIFICANT, Warned
 from apo_megatron.telemetry.command import run_command
 
 
 def print_comparison(evaluations: Sequence[Evaluation], console: Console) -> None:
-    """A table for each benchmark and checkpoint, then the warnings. Labels are shown without control
-    characters."""
-    warned = unshared_benchmarks(evaluations)
+    """A table for each benchmark and checkpoint. Labels are shown without control characters."""
     for name in shared_benchmarks(evaluations):
         comparisons = compare_with_first(evaluations, name)
         for evaluation, comparison in zip(evaluations[1:], comparisons, strict=True):
             title = f"{name}: {evaluation.label} against {evaluations[0].label}"
             console.print(_table(title, comparison))
-        warned += warnings_of(evaluations, name, comparisons)
+
+
+def print_warnings(warned: Sequence[Warned], console: Console) -> None:
+    """A line for each, without control characters."""
     for warning in warned:
         where = f"{warning.benchmark}: " if warning.benchmark else ""
         console.print(_plain(f"note: {where}{warning.text}"))
@@ -47,7 +44,8 @@ def print_comparison(evaluations: Sequence[Evaluation], console: Console) -> Non
 def _table(title: str, comparison: Comparison) -> Table:
     table = Table(
         title=_plain(title),
-        caption=f"{comparison.num_problems} problems x {comparison.num_samples} samples; per cent and points",
+        caption=f"{comparison.num_problems} problems x {comparison.num_samples} samples; per cent and "
+        f"points; bold: p (Holm) < {SIGNIFICANT}",
         title_justify="left",
         caption_justify="left",
     )
@@ -95,9 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--out", type=Path, default=Path("report.html"), help="default: report.html")
         options = parser.parse_args(words)
         evaluations = read_evaluations(options.folders)
+        console = Console()
         if len(evaluations) > 1:
-            print_comparison(evaluations, Console())
-        write_report(options.folders, options.out)
+            print_comparison(evaluations, console)
+        print_warnings(write_report(options.folders, options.out), console)
         print(f"written to {options.out}")
 
     return run_command(run, argv)

@@ -1,22 +1,26 @@
-"""The folder that one evaluation leaves: results.json and problems/, read and checked."""
+"""The folder that one evaluation leaves: results.json, problems/ and settings.json, read and checked."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from apo_megatron.errors import DataError
+from apo_megatron.evaluation.bootstrap import bootstrap_interval
+from apo_megatron.evaluation.pass_at_k import pass_at_k
 from apo_megatron.evaluation.report.json_lines import first_problem, parse_json, read_json_lines
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 _NUM_NAMED = 3  # problems that a message names
+_NUM_RESAMPLES = 10_000  # for the intervals that results.json lacks
 
 
 class BenchmarkResult(BaseModel):
@@ -56,6 +60,22 @@ class BenchmarkResult(BaseModel):
                 raise ValueError(f"values at K = {sorted(values)}, but intervals at {sorted(intervals)}")
         return self
 
+    @property
+    def ks(self) -> list[int]:
+        """K of Pass@K, ascending."""
+        return sorted(self.pass_at_k)
+
+    def with_ks(self, ks: Iterable[int]) -> BenchmarkResult:
+        """Pass@K at ``ks`` too, each at most n: exact from the counts, with its bootstrap interval."""
+        added = sorted(set(ks) - self.pass_at_k.keys())
+        if not added:
+            return self
+        curves = np.asarray(pass_at_k(self.num_samples, np.array(self.num_correct)[:, None], added))  # [P, K]
+        intervals = bootstrap_interval(curves, _NUM_RESAMPLES, seed=0).tolist()
+        values = dict(zip(added, curves.mean(axis=0).tolist(), strict=True))
+        bounds = {k: (low, high) for k, (low, high) in zip(added, intervals, strict=True)}
+        return self.model_copy(update={"pass_at_k": self.pass_at_k | values, "ci95": self.ci95 | bounds})
+
 
 class Problem(BaseModel):
     """A line of problems/<benchmark>.jsonl."""
@@ -65,6 +85,12 @@ class Problem(BaseModel):
     problem: str
     prompt: str
     gold: str | None = None
+
+
+class _Settings(BaseModel):
+    """generations/<benchmark>/settings.json."""
+
+    settings: dict[str, Any]
 
 
 class _Results(BaseModel):
@@ -88,6 +114,20 @@ class Evaluation:
         """The folder with a file of samples per rank."""
         return self.folder / "generations" / benchmark
 
+    def settings(self, benchmark: str) -> dict[str, Any] | None:
+        """What samples and verdicts depended on, by name; None where it was not recorded."""
+        path = self.generations(benchmark) / "settings.json"
+        try:
+            return _Settings.model_validate(parse_json(path.read_bytes())).settings
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from error
+        except ValidationError as error:
+            raise DataError(f"{path}: {first_problem(error)}") from error
+        except ValueError as error:
+            raise DataError(f"{path}: not JSON ({error})") from error
+
     def problems(self, benchmark: str) -> dict[str, Problem]:
         """By id. Raises DataError where they are not the problems of results.json."""
         path = self.folder / "problems" / f"{benchmark}.jsonl"
@@ -104,6 +144,8 @@ class Evaluation:
 def read_evaluations(folders: Sequence[Path]) -> list[Evaluation]:
     """In the order given, with the problems of each shared benchmark in the order of the first.
 
+    Each of these benchmarks has Pass@K at the same K: 1, and all that one of the evaluations names.
+
     Raises DataError for a file that is missing or broken, and for problems or numbers of samples that differ
     between two folders: these cannot be compared.
     """
@@ -113,7 +155,7 @@ def read_evaluations(folders: Sequence[Path]) -> list[Evaluation]:
     for other in others:
         for name in shared:
             _check_comparable(name, first, other)
-    return [first, *(_in_order_of(first, other, shared) for other in others)]
+    return _with_the_same_ks([first, *(_in_order_of(first, other, shared) for other in others)], shared)
 
 
 def shared_benchmarks(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -123,15 +165,6 @@ def shared_benchmarks(evaluations: Sequence[Evaluation]) -> list[str]:
         found = "; ".join(f"{e.results_path}: {', '.join(e.benchmarks)}" for e in evaluations)
         raise DataError(f"no benchmark that all evaluations have. {found}")
     return shared
-
-
-def shared_ks(evaluations: Sequence[Evaluation], benchmark: str) -> list[int]:
-    """The K that all have Pass@K of, ascending. Raises DataError where there is none."""
-    shared = set.intersection(*(set(e.benchmarks[benchmark].pass_at_k) for e in evaluations))
-    if not shared:
-        paths = ", ".join(str(e.results_path) for e in evaluations)
-        raise DataError(f"{benchmark}: no K that all of {paths} have; set the same evaluation.ks")
-    return sorted(shared)
 
 
 def _read(folder: Path) -> Evaluation:
@@ -188,6 +221,16 @@ def _in_order_of(first: Evaluation, other: Evaluation, shared: Sequence[str]) ->
         ordered = {"prompt_ids": ids, "num_correct": tuple(correct[prompt_id] for prompt_id in ids)}
         benchmarks[name] = result.model_copy(update=ordered)
     return replace(other, benchmarks=benchmarks)
+
+
+def _with_the_same_ks(evaluations: Sequence[Evaluation], shared: Sequence[str]) -> list[Evaluation]:
+    ks = {name: {1}.union(*(e.benchmarks[name].pass_at_k for e in evaluations)) for name in shared}
+    return [
+        replace(
+            e, benchmarks={**e.benchmarks, **{name: e.benchmarks[name].with_ks(ks[name]) for name in shared}}
+        )
+        for e in evaluations
+    ]
 
 
 def _named(names: Sequence[str]) -> str:

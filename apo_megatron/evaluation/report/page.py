@@ -6,22 +6,21 @@ import base64
 import hashlib
 import html
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import BinaryIO
 
-from apo_megatron.evaluation.report.contents import (
-    Warned,
-    benchmark_contents,
-    compare_with_first,
-    disagreement,
-    other_problems,
-    unshared_benchmarks,
-    warnings_of,
-)
+from apo_megatron.evaluation.report.contents import benchmark_contents, compare_with_first
 from apo_megatron.evaluation.report.folders import Evaluation, read_evaluations, shared_benchmarks
+from apo_megatron.evaluation.report.reader_warnings import (
+    Warned,
+    benchmark_warnings,
+    general_warnings,
+    merged,
+)
 from apo_megatron.evaluation.report.samples import choose_samples, embedded_json
 from apo_megatron.files import written_aside
 
@@ -30,8 +29,8 @@ _SCRIPTS = ("elements.js", "curves.js", "problems.js", "tables.js", "browser.js"
 _DATA_MARK = "<!-- data -->"
 
 
-def write_report(folders: Sequence[Path], output: Path) -> None:
-    """Write the page about these evaluations to ``output``, whole or not at all.
+def write_report(folders: Sequence[Path], output: Path) -> list[Warned]:
+    """Write the page about these evaluations to ``output``, whole or not at all; returns its warnings.
 
     ``folders`` are those of evaluations (docs/evaluation.md, Report); the others are compared with the first.
     Memory is bounded by the number of problems and the size of the page, whatever the number of samples.
@@ -42,26 +41,29 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
     head, tail = _frame(evaluations)
     with written_aside(output) as file:
         file.write(head)
-        _write_data(file, evaluations)
+        warned = _write_data(file, evaluations)
         file.write(tail)
+    return warned
 
 
-def _write_data(file: BinaryIO, evaluations: Sequence[Evaluation]) -> None:
-    """A script element of samples for each benchmark and checkpoint, then one with all the rest."""
+def _write_data(file: BinaryIO, evaluations: Sequence[Evaluation]) -> list[Warned]:
+    """A script element of samples for each benchmark and checkpoint, then one with all the rest.
+
+    Returns the warnings in it.
+    """
     names = shared_benchmarks(evaluations)
-    warned = unshared_benchmarks(evaluations)
+    warned: list[Warned] = []
     benchmarks = []
     room, num_left = MAX_SAMPLE_BYTES, len(names) * len(evaluations)
     for place, name in enumerate(names):
         problems = [evaluation.problems(name) for evaluation in evaluations]
         comparisons = compare_with_first(evaluations, name)
         contents = benchmark_contents(evaluations, name, comparisons, problems[0])
-        warned += warnings_of(evaluations, name, comparisons)
-        warned += other_problems(evaluations, name, problems)
+        num_disagreeing = []
         for checkpoint, evaluation in enumerate(evaluations):
             result = evaluation.benchmarks[name]
             chosen = choose_samples(evaluation.generations(name), result, room // num_left)
-            warned += disagreement(evaluation, name, chosen)
+            num_disagreeing.append(chosen.num_disagreeing)
             samples = [[sample.to_json() for sample in samples] for samples in chosen.by_problem]
             written = _write_json(file, f"samples-{place}-{checkpoint}", samples)
             room, num_left = room - written, num_left - 1
@@ -69,24 +71,19 @@ def _write_data(file: BinaryIO, evaluations: Sequence[Evaluation]) -> None:
                 "num_shown": chosen.num_shown,
                 "num_characters": chosen.num_characters,
             }
+        warned += benchmark_warnings(evaluations, name, comparisons, problems, num_disagreeing)
         benchmarks.append(contents)
+    warned = merged([*warned, *general_warnings(evaluations)])
     _write_json(
         file,
         "report",
         {
             "labels": [evaluation.label for evaluation in evaluations],
             "benchmarks": benchmarks,
-            "warnings": [{"benchmark": w.benchmark, "text": w.text} for w in _merged(warned)],
+            "warnings": [asdict(warning) for warning in warned],
         },
     )
-
-
-def _merged(warned: Sequence[Warned]) -> list[Warned]:
-    """Each sentence once, with all the benchmarks that it is about."""
-    benchmarks: dict[str, list[str]] = {}
-    for warning in warned:
-        benchmarks.setdefault(warning.text, []).append(warning.benchmark)
-    return [Warned(", ".join(dict.fromkeys(names)), text) for text, names in benchmarks.items()]
+    return warned
 
 
 def _write_json(file: BinaryIO, name: str, value: object) -> int:

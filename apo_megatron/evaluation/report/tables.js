@@ -9,7 +9,6 @@ function numbersTable(benchmark, labels) {
   const majority = [...new Set(checkpoints.flatMap((checkpoint) => Object.keys(checkpoint.majority_at_k)))].sort((a, b) => a - b);
   const rows = [
     ...benchmark.ks.map((k) => row(k === 1 ? "Pass@1 (mean@n), %" : `Pass@${k}, %`, (checkpoint) => withInterval(checkpoint.pass_at_k[k]))),
-    benchmark.ks.includes(1) ? null : row("mean@n, %", (checkpoint) => plain(percent(checkpoint.mean_at_n))),
     ...majority.map((k, i) => row(`majority@${k}, %`, (checkpoint) => withInterval(checkpoint.majority_at_k[k]), i === 0)),
     row("distinct right answers per problem", (checkpoint) => plain(checkpoint.distinct_correct.toFixed(2)), true),
     row("mean length, tokens", length),
