@@ -65,8 +65,9 @@ def evaluate(cfg: EvalConfig) -> dict[str, PassAtKResult]:
             if not parallel.is_main:
                 return []
             check_results(cfg)
-            dump_config(cfg, Path(cfg.output_dir, "config.yaml"))
-            return [run.prepare() for run in runs]
+            stages = [run.prepare() for run in runs]
+            dump_config(cfg, Path(cfg.output_dir, "config.yaml"))  # not where that has refused
+            return stages
 
         for run, stages in zip(runs, on_every_rank(prepare, parallel)[0], strict=True):
             _complete(run, stages, engine, parallel, display)
