@@ -6,7 +6,6 @@
 #   ROLLOUT=sglang   the demo draws its samples with a real SGLang server
 #   DEMO_ARGS=...    passed to the demo, for instance --quick
 #   PYTEST_ARGS=...  passed to pytest, for instance tests/test_config.py
-#   TEST_JOBS=2      test files that run side by side; each may want 2 cores and 8 GiB
 
 IS_RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 PYTHON ?= $(shell for p in python3.11 python3; do $$p $(IS_RECENT) && echo $$p && break; done)
@@ -18,7 +17,6 @@ SGLANG_PYTHON := $(SGLANG_VENV)/bin/python
 SGLANG_INSTALLED := $(SGLANG_VENV)/installed
 SGLANG_FILES := tools/sglang_cpu
 ROLLOUT ?= embedded
-TEST_JOBS ?= 2
 FIND_SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 HAS_PYTHON = $(if $(PYTHON),$(PYTHON) $(IS_RECENT),false) || { \
     echo "error: found no Python 3.11 or later ('$(PYTHON)'): install one, or name it: make PYTHON=..." >&2; \
@@ -37,7 +35,7 @@ demo: $(INSTALLED) $(if $(filter sglang,$(ROLLOUT)),$(SGLANG_INSTALLED)) ## Cold
 test: both browser ## Linters and all tests (those that need a GPU are skipped without one)
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) || status=1; \
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS) || status=1; \
 	exit $$status
 
 lint: $(INSTALLED) ## Linter, formatter (check only), type checker

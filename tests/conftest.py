@@ -1,24 +1,28 @@
-"""Tests marked ``gpu`` are skipped where there is no CUDA device, and the longest files come first."""
+"""Tests marked ``gpu`` are skipped without a CUDA device; those with servers run beside the others."""
 
 from __future__ import annotations
 
 import pytest
 
-# Minutes each, most of them waiting. Files run side by side (make test): these must not begin last.
-LONGEST_FIRST = (
-    "test_sglang_training",
+# Files that start servers, or whole clusters, and mostly wait for them. One process of `make test` runs
+# these, one after the other (two sets of servers are too much for two cores), while another runs the rest.
+WITH_SERVERS = (
     "test_ray",
-    "test_sglang_engine",
     "test_server",
+    "test_server_command",
+    "test_sglang_client",
+    "test_sglang_cpu",
+    "test_sglang_engine",
+    "test_sglang_evaluation",
+    "test_sglang_training",
     "test_transport",
-    "test_readme",
-    "test_layout_invariance",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    rank = {name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    for item in items:
+        name = "servers" if item.path.stem in WITH_SERVERS else "others"
+        item.add_marker(pytest.mark.xdist_group(name))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
