@@ -19,6 +19,7 @@ WITH_SERVERS = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         name = "servers" if item.path.stem in WITH_SERVERS else "others"
