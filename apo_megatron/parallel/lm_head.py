@@ -86,12 +86,13 @@ def lm_head_policy_terms(
     rank**: the caller reduces nothing, and with sequence parallelism only takes its own slice of it
     (``gather_from_sequence_parallel_region`` with ``tensor_parallel_output_grad=False``).
 
-    Gradients are summed in fp32 and rounded once to the dtype of their tensor. With ``main_grad`` [V/p, H]
-    fp32 (Megatron's ``weight.main_grad``) the gradient of weight is added to that buffer, unrounded, and
-    autograd gets none for it. Megatron's DDP then adds what else autograd finds for the weight (a tied
-    embedding), as long as ``weight.grad_added_to_main_grad`` is False; with ``overlap_grad_reduce`` it
-    wants a gradient from autograd for every parameter, so there leave main_grad out. Megatron's
-    ``gradient_accumulation_fusion`` has no influence here.
+    Gradients are summed over tiles and ranks in fp32 and then rounded to the dtype of their tensor; in bf16
+    the gradient of the logits and each tile's product with a factor are bf16. With ``main_grad`` [V/p, H]
+    fp32 (Megatron's ``weight.main_grad``) the gradient of weight is summed in that buffer, without the last
+    rounding, and autograd gets none for it. Megatron's DDP then adds what else autograd finds for the
+    weight (a tied embedding), as long as ``weight.grad_added_to_main_grad`` is False; with
+    ``overlap_grad_reduce`` it wants a gradient from autograd for every parameter, so there leave main_grad
+    out. Megatron's ``gradient_accumulation_fusion`` has no influence here.
 
     A second backward of a kept graph is possible; a double backward raises RuntimeError.
     """
