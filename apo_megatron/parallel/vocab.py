@@ -11,73 +11,22 @@ Shapes: T token rows, V padded vocabulary columns, p ranks, K support tokens.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from apo_megatron.parallel._vocab_rows import (
-    best_columns,
-    exponents,
-    overwrite_with_gradient,
-    row_statistics,
+from apo_megatron.parallel._vocab_rows import best_columns, overwrite_with_gradient, row_statistics
+from apo_megatron.parallel._vocab_terms import (
+    PolicyTerms,
+    SoftmaxRows,
+    base_2_scale,
+    gradient_rows,
+    locate,
+    policy_terms,
+    topk_log_probs,
 )
-
-_LN_2 = math.log(2.0)
-
-
-@dataclass(frozen=True)
-class VocabShard:
-    """Columns [start, end) of the padded vocabulary, held by this rank.
-
-    Columns at and above ``vocab_size`` are padding: whatever they hold, they count as -inf, are never in a
-    Top-K and get a zero gradient. ``group`` holds the ranks of all columns, in the order of the columns; None
-    means that nothing is sharded.
-    """
-
-    start: int
-    end: int
-    vocab_size: int
-    group: dist.ProcessGroup | None = None
-
-    @staticmethod
-    def of_rank(
-        rank: int, world: int, padded_vocab_size: int, vocab_size: int, group: dist.ProcessGroup | None
-    ) -> VocabShard:
-        """The ``rank``-th of ``world`` equal shards, as Megatron lays them out."""
-        assert padded_vocab_size % world == 0, f"{padded_vocab_size} columns do not divide over {world} ranks"
-        width = padded_vocab_size // world
-        return VocabShard(rank * width, (rank + 1) * width, vocab_size, group)
-
-    @property
-    def width(self) -> int:
-        return self.end - self.start
-
-    @property
-    def num_real_columns(self) -> int:
-        """Columns of this shard that are tokens; they come first."""
-        return min(max(self.vocab_size - self.start, 0), self.width)
-
-    @property
-    def world(self) -> int:
-        return 1 if self.group is None else dist.get_world_size(self.group)
-
-    def check(self, logits: Tensor, temperature: float) -> None:
-        assert logits.dim() == 2 and logits.shape[1] == self.width, (
-            f"logits {tuple(logits.shape)} are not [T, {self.width}] of {self}"
-        )
-        assert temperature > 0, f"temperature must be positive, not {temperature}"
-
-
-class PolicyTerms(NamedTuple):
-    """What the objective reads of the policy; each [T] fp32 (float64 for float64 logits), on every rank."""
-
-    log_probs: Tensor  # log pi(target), <= 0
-    anchor_log_mass: Tensor  # log P, P = sum of pi over the support ids, <= 0; -inf where there are none
-    entropy: Tensor  # of pi, nats, >= 0
+from apo_megatron.parallel.vocab_shard import VocabShard
 
 
 def vocab_parallel_policy_terms(
@@ -108,51 +57,20 @@ class _PolicyTerms(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, support_ids: Tensor, shard: VocabShard, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scale = 1.0 / (_LN_2 * temperature)
-        # Column 0 of everything [T, 1 + K] below is the target, the others are the support.
-        ids = torch.cat([targets.unsqueeze(1), support_ids], 1).to(torch.int64)
-        is_token = (ids >= 0) & (ids < shard.vocab_size)
-        torch._assert_async(is_token[:, 0].all(), "a target lies outside the vocabulary")
-        is_local = is_token & (ids >= shard.start) & (ids < shard.end)
-        columns = (ids - shard.start).masked_fill_(~is_local, 0)
-
-        statistics = row_statistics(logits[:, : shard.num_real_columns], scale)
-        row_max, sum_exp, sum_weighted = statistics
-        chosen = logits.gather(1, columns).to(row_max.dtype).masked_fill_(~is_local, 0.0)
-        if shard.world > 1:
-            row_max = row_max.clone()
-            dist.all_reduce(row_max, op=dist.ReduceOp.MAX, group=shard.group)
-            shift = statistics.row_max - row_max
-            shrink = torch.exp2(shift)
-            sums = torch.stack([shrink * sum_exp, shrink * (sum_weighted + shift * sum_exp)], 1)
-            packed = torch.cat([sums, chosen], 1)
-            dist.all_reduce(packed, group=shard.group)
-            sum_exp, sum_weighted, chosen = packed[:, 0], packed[:, 1], packed[:, 2:]
-
-        log2_sum, mean_exponent = sum_exp.log2(), sum_weighted / sum_exp
-        log_probs = exponents(chosen, row_max, scale).sub_(log2_sum.unsqueeze(1)).mul_(_LN_2).clamp_(max=0.0)
-        is_absent = ~is_token[:, 1:]
-        is_empty = is_absent.all(1)
-        anchor_log_mass = log_probs[:, 1:].masked_fill(is_absent, -math.inf).logsumexp(1).clamp_(max=0.0)
-        # pi(k) / P is a softmax over the support alone, exact however small P is.
-        shares = (chosen[:, 1:] / temperature).masked_fill_(is_absent, -math.inf).softmax(1)
-        shares = shares.masked_fill_(is_absent, 0.0)  # an empty support gave NaN
-
+        columns, is_local, is_absent = locate(targets, support_ids, shard)
+        statistics = row_statistics(logits[:, : shard.num_real_columns], base_2_scale(temperature))
+        chosen = logits.gather(1, columns).to(statistics.row_max.dtype).masked_fill_(~is_local, 0.0)
+        terms, rows = policy_terms(statistics, chosen, is_absent, shard, temperature)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, row_max, sum_exp, mean_exponent, is_empty, shares, is_local, columns)
-        ctx.num_real_columns, ctx.temperature, ctx.scale = shard.num_real_columns, temperature, scale
-        ctx.is_spent = False
-        entropy = (log2_sum - mean_exponent).mul_(_LN_2).clamp_(min=0.0)
-        return log_probs[:, 0].clone(), anchor_log_mass, entropy
+        ctx.save_for_backward(logits, is_local, columns, *rows)
+        ctx.num_real_columns, ctx.temperature, ctx.is_spent = shard.num_real_columns, temperature, False
+        return terms
 
     @staticmethod
     def backward(
         ctx: Any, grad_log_probs: Tensor | None, grad_anchor: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, None, None, None, None]:
-        """d/d logit_v of g_y log pi(y) + g_P log P + g_H H, written over the logits; no collective.
-
-        (g_y (1[v = y] - pi_v) + g_P (1[v in S] pi_v / P - pi_v) - g_H pi_v (log pi_v + H)) / temperature
-        """
+        """The gradient of the logits, written over them; no collective."""
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "vocab_parallel_policy_terms has no double backward: call backward without create_graph=True"
@@ -162,29 +80,21 @@ class _PolicyTerms(torch.autograd.Function):
                 "second backward through vocab_parallel_policy_terms: the first one has overwritten the "
                 "logits with their gradient; compute the logits again instead of keeping the graph"
             )
-        logits, row_max, sum_exp, mean_exponent, is_empty, shares, is_local, columns = ctx.saved_tensors
+        logits, is_local, columns, *saved = ctx.saved_tensors
         ctx.is_spent = True
-        zeros = torch.zeros_like(row_max)
-        grad_target = zeros if grad_log_probs is None else grad_log_probs
-        grad_support = zeros if grad_anchor is None else grad_anchor.masked_fill(is_empty, 0.0)
-        per_exp = 1.0 / (ctx.temperature * sum_exp)  # 2^s * per_exp = pi / temperature
-        exp_coeff = -(grad_target + grad_support)
-        weighted_coeff = None
-        if grad_entropy is not None:  # log pi + H = ln 2 * (s - mean_exponent)
-            exp_coeff += grad_entropy * mean_exponent * _LN_2
-            weighted_coeff = -grad_entropy * _LN_2 * per_exp
-        column_grads = torch.cat([grad_target.unsqueeze(1), grad_support.unsqueeze(1) * shares], 1)
-        column_grads = column_grads.div_(ctx.temperature).masked_fill_(~is_local, 0.0)
-
+        rows = SoftmaxRows(*saved)
+        exp_coeff, weighted_coeff, column_grads = gradient_rows(
+            rows, is_local, grad_log_probs, grad_anchor, grad_entropy, ctx.temperature
+        )
         # Shares storage and version with the logits, so torch finds another user of the saved logits.
         grad = logits.detach()
         grad[:, ctx.num_real_columns :].zero_()
         if ctx.num_real_columns > 0:
             overwrite_with_gradient(
                 grad[:, : ctx.num_real_columns],
-                ctx.scale,
-                row_max,
-                exp_coeff * per_exp,
+                base_2_scale(ctx.temperature),
+                rows.row_max,
+                exp_coeff,
                 weighted_coeff,
                 columns,
                 column_grads,
@@ -204,34 +114,7 @@ def vocab_parallel_topk(
     """
     shard.check(logits, temperature)
     assert k >= 1, f"k must be positive, not {k}"
-    scale = 1.0 / (_LN_2 * temperature)
-    values, columns, row_max, sum_exp = best_columns(logits[:, : shard.num_real_columns], k, scale)
-    ids = torch.where(columns < 0, columns, columns + shard.start)
-    if shard.world > 1:
-        values, ids, row_max, sum_exp = _merge_candidates(values, ids, row_max, sum_exp, shard)
-    log_probs = exponents(values, row_max, scale).sub_(sum_exp.log2().unsqueeze(1)).mul_(_LN_2)
-    return log_probs.clamp_(max=0.0), ids
-
-
-def _merge_candidates(
-    values: Tensor, ids: Tensor, row_max: Tensor, sum_exp: Tensor, shard: VocabShard
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The k best of every rank's k best, and the statistics of the whole row; arguments are of one rank."""
-    num_rows, k = values.shape
-    dtype = values.dtype
-    bits = torch.int64 if dtype == torch.float64 else torch.int32  # floats travel as integers: ids stay exact
-    floats = torch.cat([values, row_max.unsqueeze(1), sum_exp.unsqueeze(1)], 1)
-    packed = torch.cat([floats.view(bits), ids.to(bits)], 1)
-    gathered = packed.new_empty((shard.world * num_rows, packed.shape[1]))
-    dist.all_gather_into_tensor(gathered, packed, group=shard.group)
-    gathered = gathered.unflatten(0, (shard.world, num_rows))
-
-    rank_values, rank_max, rank_sum = gathered[..., : k + 2].contiguous().view(dtype).split([k, 1, 1], -1)
-    row_max = rank_max.amax(0)
-    sum_exp = (torch.exp2(rank_max - row_max) * rank_sum).sum(0)
-    # Ranks ascend in id and each rank's equal values ascend in id, so a stable sort keeps the promised order.
-    all_values = rank_values.transpose(0, 1).flatten(1)
-    all_ids = gathered[..., k + 2 :].transpose(0, 1).flatten(1)
-    values, order = all_values.sort(dim=1, descending=True, stable=True)
-    ids = all_ids.gather(1, order[:, :k]).to(torch.int64)
-    return values[:, :k], ids, row_max.squeeze(1), sum_exp.squeeze(1)
+    candidates = best_columns(logits[:, : shard.num_real_columns], k, base_2_scale(temperature))
+    none_chosen = candidates.values[:, :0]
+    log_probs, ids, _ = topk_log_probs(candidates, none_chosen, shard, temperature)
+    return log_probs, ids
