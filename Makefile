@@ -35,7 +35,7 @@ demo: $(INSTALLED) $(if $(filter sglang,$(ROLLOUT)),$(SGLANG_INSTALLED)) ## Cold
 test: both browser ## Linters and all tests (those that need a GPU are skipped without one)
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS) || status=1; \
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || status=1; \
 	exit $$status
 
 lint: $(INSTALLED) ## Linter, formatter (check only), type checker

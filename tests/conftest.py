@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
+from typing import Any
+
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Files that start servers, or whole clusters, and mostly wait for them. One process of `make test` runs
 # these, one after the other (two sets of servers are too much for two cores), while another runs the rest.
@@ -19,11 +23,18 @@ WITH_SERVERS = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+class _ServersBesideOthers(LoadScopeScheduling):
+    """Two lots, each run by one process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "servers" if PurePath(nodeid.split("::")[0]).stem in WITH_SERVERS else "others"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _ServersBesideOthers(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        name = "servers" if item.path.stem in WITH_SERVERS else "others"
-        item.add_marker(pytest.mark.xdist_group(name))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
