@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.actor.checkpointer import Checkpointer
+from apo_megatron.actor.micro_batches import MicroBatchSize
 from apo_megatron.config import ObjectiveConfig, SFTConfig
 from apo_megatron.data.collate import TrainingSequence, make_batch
 from apo_megatron.objectives.objective import supervised_objective
@@ -26,7 +27,11 @@ def sft(cfg: SFTConfig) -> None:
     objective, aggregation = supervised_objective(), ObjectiveConfig()  # token-mean
     with Run(cfg, parallel, title="cold start") as run:
         actor = MegatronActor(
-            cfg.model, cfg.optimizer, parallel, cfg.train.micro_batch_size, num_updates=cfg.train.num_steps
+            cfg.model,
+            cfg.optimizer,
+            parallel,
+            MicroBatchSize(cfg.train.micro_batch_size, cfg.train.max_tokens_per_micro_batch),
+            num_updates=cfg.train.num_steps,
         )
         checkpointer = Checkpointer(run.checkpoint_folder, cfg, actor, {"data": demonstrations})
         for step in range(run.resume(checkpointer), cfg.train.num_steps):

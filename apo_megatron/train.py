@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.actor.checkpointer import Checkpointer, Stateful
+from apo_megatron.actor.micro_batches import MicroBatchSize
 from apo_megatron.config import RLConfig
 from apo_megatron.data.collate import make_batch, trained_sequences
 from apo_megatron.objectives.objective import build_objective
@@ -38,7 +39,7 @@ def train(cfg: RLConfig) -> None:
             cfg.model,
             cfg.optimizer,
             parallel,
-            cfg.train.micro_batch_size,
+            MicroBatchSize(cfg.train.micro_batch_size, cfg.train.max_tokens_per_micro_batch),
             num_updates=cfg.train.num_steps * cfg.train.num_mini_batches,
             temperature=cfg.rollout.temperature,
             weight_bucket_bytes=cfg.rollout.bucket_mib * 2**20,

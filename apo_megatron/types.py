@@ -95,3 +95,26 @@ class MicroBatch:
     def with_fields(self, **values: torch.Tensor | None) -> MicroBatch:
         """A copy with some fields replaced."""
         return replace(self, **values)  # type: ignore[arg-type]
+
+    def tokens_at(self, positions: torch.Tensor) -> TrainedTokens:
+        """The trained tokens at ``positions`` [T] int64 of the flattened [B * S]."""
+        picked: dict[str, Any] = {"sequence_ids": positions // self.tokens.shape[1]}
+        for name in (f.name for f in fields(TrainedTokens) if f.name not in picked):
+            values = getattr(self, name)
+            picked[name] = None if values is None else values.flatten(0, 1)[positions]
+        return TrainedTokens(**picked)
+
+
+@dataclass(frozen=True)
+class TrainedTokens:
+    """Trained response tokens of a micro-batch, each [T] as the field of the same name of MicroBatch."""
+
+    sequence_ids: torch.Tensor  # [T] int64, which sequence the token belongs to
+    targets: torch.Tensor
+    advantages: torch.Tensor
+    loss_weights: torch.Tensor
+    rollout_log_probs: torch.Tensor | None = None
+    old_log_probs: torch.Tensor | None = None
+    reference_log_probs: torch.Tensor | None = None
+    reference_support_ids: torch.Tensor | None = None  # [T, K]
+    reference_anchor_log_mass: torch.Tensor | None = None

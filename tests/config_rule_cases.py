@@ -40,9 +40,9 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
-        "context_parallel_is_not_available",
-        ["parallel.context_parallel_size=2"],
-        ["parallel:", "context_parallel_size=2"],
+        "param_gather_overlaps_with_both",
+        ["parallel.overlap_param_gather=true"],
+        ["parallel:", "overlap_grad_reduce=true", "found true and false"],
     ),
     (
         RLConfig,

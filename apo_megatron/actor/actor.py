@@ -25,7 +25,7 @@ from apo_megatron.actor.forward_step import (
     run_forward,
     run_forward_backward,
 )
-from apo_megatron.actor.micro_batches import split_into_micro_batches
+from apo_megatron.actor.micro_batches import MicroBatchSize, split_into_micro_batches
 from apo_megatron.actor.offload import TrainingStateOffload
 from apo_megatron.actor.optimizer import build_optimizer, build_scheduler
 from apo_megatron.actor.snapshot import WeightSnapshot
@@ -44,6 +44,7 @@ from apo_megatron.parallel.collectives import (
     all_gather_objects,
     any_rank,
     broadcast_from_last_stage,
+    sum_over_data_and_context_parallel,
     sum_over_data_parallel,
 )
 from apo_megatron.parallel.state import ParallelContext
@@ -57,8 +58,7 @@ class MegatronActor:
     """Policy, optimizer and schedule of this rank. Every method is collective: all ranks call it.
 
     ``num_updates`` is the length of the learning-rate schedule; ``temperature`` divides the logits of
-    every distribution; ``micro_batch_size`` is in sequences; ``weight_bucket_bytes`` bounds the tensors that
-    ``weight_source`` gathers at a time.
+    every distribution; ``weight_bucket_bytes`` bounds the tensors that ``weight_source`` gathers at a time.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class MegatronActor:
         model_cfg: ModelConfig,
         optimizer_cfg: OptimizerConfig,
         parallel: ParallelContext,
-        micro_batch_size: int,
+        micro_batch_size: MicroBatchSize,
         num_updates: int,
         temperature: float = 1.0,
         weight_bucket_bytes: int = 512 * 2**20,
@@ -81,12 +81,23 @@ class MegatronActor:
         else:
             load_megatron_weights(models, self.architecture, model_cfg.megatron_path, parallel)
         self.config = models[0].config
+        dims = parallel.dims
         ddp_cfg = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.dims.distributed_optimizer
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=dims.distributed_optimizer,
+            overlap_grad_reduce=dims.overlap_grad_reduce,
+            overlap_param_gather=dims.overlap_param_gather,
         )
-        self.model_chunks = [DistributedDataParallel(self.config, ddp_cfg, model) for model in models]
+        self.model_chunks = [
+            # Reducing the later chunks of a stage overlaps with computing the earlier ones anyway.
+            DistributedDataParallel(self.config, ddp_cfg, model, disable_bucketing=number > 0)
+            for number, model in enumerate(models)
+        ]
         # The loss is already divided by the denominators of the whole mini-batch.
         self.config.finalize_model_grads_func = _finalize_without_rescaling
+        if dims.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.model_chunks]
+            self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._optimizer = build_optimizer(
             optimizer_cfg, self.model_chunks, dtype, parallel.dims.distributed_optimizer
         )
@@ -101,8 +112,11 @@ class MegatronActor:
                 parallel.tensor_group,
             ),
             temperature,
+            # Megatron starts reducing when autograd hands it the last gradient of a bucket.
+            gradient_in_place=not dims.overlap_grad_reduce,
         )
         self.consecutive_skips = self.most_consecutive_skips = 0  # updates that were not finite
+        self._weights_are_complete = True
         self._weight_source = WeightSource(models, self.architecture, parallel, weight_bucket_bytes)
 
     @property
@@ -123,16 +137,30 @@ class MegatronActor:
         self._offload.move_in()
 
     def weight_source(self) -> WeightSource:
-        """Streams the current weights as Hugging Face tensors."""
+        """Streams the current weights as Hugging Face tensors. Take a new one after an update."""
+        self.complete_weights()
         return self._weight_source
 
     def snapshot(self) -> WeightSnapshot:
         """A host copy of this rank's weights as they are now."""
+        self.complete_weights()
         return WeightSnapshot(p for chunk in self.model_chunks for p in chunk.parameters())
 
     def weights_from(self, snapshot: WeightSnapshot) -> AbstractContextManager[None]:
         """The model holds ``snapshot``'s weights inside the block."""
+        self.complete_weights()
         return snapshot.in_place()
+
+    def complete_weights(self) -> None:
+        """Gather what other ranks have updated, before the weights are read elsewhere than in a forward pass.
+
+        With ``parallel.overlap_param_gather`` an update leaves that to the next forward pass.
+        """
+        if self._weights_are_complete:
+            return
+        for chunk in self.model_chunks:
+            chunk.start_param_sync(force_sync=True)
+        self._weights_are_complete = True
 
     def score(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
         """log pi of tokens 1..L-1 of each sequence ([L] int, L >= 2) at T = 1: [L - 1] float32, natural logs.
@@ -169,7 +197,7 @@ class MegatronActor:
                     sequences.old_log_probs[mask], sequences.rollout_log_probs[mask], objective.cfg
                 )
             )
-        return self._reduce(sums)
+        return self._reduce(sums, sum_over_data_parallel)
 
     def attach_reference(
         self, sequences: MicroBatch, objective: Objective, progress: Progress | None = None
@@ -207,7 +235,7 @@ class MegatronActor:
                 filled["reference_anchor_log_mass"] = _at_tokens(
                     results["anchor_log_mass"], mask, fill=math.nan
                 )
-        return sequences.with_fields(**filled), self._reduce(sums)
+        return sequences.with_fields(**filled), self._reduce(sums, sum_over_data_parallel)
 
     def update(
         self,
@@ -235,14 +263,11 @@ class MegatronActor:
             if take_pulled is not None and PULL_FRACTION in metrics:
                 pulled.append(metrics[PULL_FRACTION].values)
 
+        micro_batches = split_into_micro_batches(mini_batch, self.micro_batch_size, self.parallel)
         run_forward_backward(
-            self.model_chunks,
-            split_into_micro_batches(mini_batch, self.micro_batch_size, self.parallel),
-            partial(self.token_terms.loss, objective),
-            consume,
-            progress,
+            self.model_chunks, micro_batches, partial(self.token_terms.loss, objective), consume, progress
         )
-        metrics = self._reduce(sums)
+        metrics = self._reduce(sums, sum_over_data_and_context_parallel)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         is_finite = math.isfinite(metrics["loss"]) and self._gradients_are_finite()
         is_skipped = any_rank(not is_finite, self.parallel)
@@ -252,10 +277,11 @@ class MegatronActor:
             self.most_consecutive_skips = max(self.most_consecutive_skips, self.consecutive_skips)
         else:
             _, grad_norm, _ = self.optimizer.step()
+            self._weights_are_complete = not self.parallel.dims.overlap_param_gather
             self.scheduler.step(increment=1)
             self.consecutive_skips = 0
         if take_pulled is not None and pulled:
-            take_pulled(torch.cat(pulled) & (not is_skipped))
+            take_pulled(micro_batches.in_order(torch.cat(pulled)) & (not is_skipped))
         return {
             **metrics,
             "grad_norm": float(grad_norm),
@@ -269,12 +295,14 @@ class MegatronActor:
         micro_batches = split_into_micro_batches(sequences, self.micro_batch_size, self.parallel)
         return run_forward(self.model_chunks, micro_batches, function, progress)
 
-    def _reduce(self, sums: MetricSums) -> dict[str, float]:
+    def _reduce(
+        self, sums: MetricSums, sum_over_ranks: Callable[[Tensor, ParallelContext], Tensor]
+    ) -> dict[str, float]:
         """Metrics of the whole mini-batch, the same on every rank."""
         metrics: dict[str, float] = {}
         if self.parallel.is_last_stage:
             flat = sums.flat().to(self.parallel.device)
-            sums.load_flat(sum_over_data_parallel(flat, self.parallel).cpu())
+            sums.load_flat(sum_over_ranks(flat, self.parallel).cpu())
             metrics = sums.finalize()
         return broadcast_from_last_stage(metrics, self.parallel)
 

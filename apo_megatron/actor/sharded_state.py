@@ -49,6 +49,7 @@ class ShardedWrite:
     """
 
     def __init__(self, actor: MegatronActor, folder: Path) -> None:
+        actor.complete_weights()
         # Nothing is put there, but without a queue Megatron starts a process to hold one.
         filesystem_async._results_queue = queue.Queue()
         self._folder, self._planned, self._common = folder, _PlannedSave(), _CommonSave()

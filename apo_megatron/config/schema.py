@@ -45,6 +45,11 @@ class ModelConfig(Section):
     make_vocab_size_divisible_by: PositiveInt = Field(
         128, description="The vocabulary is padded to a multiple of this times tensor_parallel_size."
     )
+    max_logits_mib: NonNegativeInt = Field(
+        1024,
+        description="Logits of a micro-batch that would take more than this on a rank are never made: the LM "
+        "head and the loss become one operation, which is slower; 0 = always.",
+    )
 
 
 class ParallelConfig(Section):
@@ -60,6 +65,12 @@ class ParallelConfig(Section):
     expert_tensor_parallel_size: PositiveInt = Field(1, description="ETP: ranks that share every expert.")
     sequence_parallel: bool = Field(False, description="SP: shard norms and dropout over TP; needs TP > 1.")
     distributed_optimizer: bool = Field(True, description="Shard the optimizer state over data parallel.")
+    overlap_grad_reduce: bool = Field(
+        False, description="Reduce gradients over data parallel while the last backward goes on."
+    )
+    overlap_param_gather: bool = Field(
+        False, description="Gather updated weights while the next forward goes on; needs both of the above."
+    )
     timeout_minutes: PositiveFloat = Field(30.0, description="Time-out of a collective.")
 
     @rule
@@ -73,6 +84,17 @@ class ParallelConfig(Section):
         return None
 
     @rule
+    def param_gather_overlaps_with_both(self) -> str | None:
+        """`overlap_param_gather` needs `distributed_optimizer` and `overlap_grad_reduce`."""
+        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
+            found = f"{self.distributed_optimizer} and {self.overlap_grad_reduce}".lower()
+            return (
+                "overlap_param_gather=true needs distributed_optimizer=true and overlap_grad_reduce=true, "
+                f"found {found}: set both, or none"
+            )
+        return None
+
+    @rule
     def virtual_pipeline_needs_pipeline(self) -> str | None:
         """`virtual_pipeline_parallel_size` > 1 needs `pipeline_parallel_size` > 1."""
         if self.virtual_pipeline_parallel_size not in (None, 1) and self.pipeline_parallel_size == 1:
@@ -80,13 +102,6 @@ class ParallelConfig(Section):
                 f"virtual_pipeline_parallel_size={self.virtual_pipeline_parallel_size} needs "
                 "pipeline_parallel_size > 1, found 1: set it to null or raise pipeline_parallel_size"
             )
-        return None
-
-    @rule
-    def context_parallel_is_not_available(self) -> str | None:
-        """`context_parallel_size` must be 1 for now."""
-        if self.context_parallel_size != 1:
-            return f"context_parallel_size={self.context_parallel_size} is not available yet: set it to 1"
         return None
 
 
@@ -267,7 +282,14 @@ class TrainConfig(Section):
     run_dir: str = Field(description="Directory of this run: config, metrics, checkpoints, pictures.")
     num_steps: PositiveInt = Field(description="Rollout-and-train steps.")
     num_mini_batches: PositiveInt = Field(1, description="Optimizer updates per step.")
-    micro_batch_size: PositiveInt = Field(1, description="Sequences of one forward/backward on one rank.")
+    micro_batch_size: PositiveInt = Field(
+        1, description="Sequences of one forward/backward on one rank, padded to the longest of the pass."
+    )
+    max_tokens_per_micro_batch: PositiveInt | None = Field(
+        None,
+        description="Pack sequences up to so many tokens into one forward/backward, without padding, instead "
+        "of micro_batch_size; its context_parallel_size ranks share them.",
+    )
     seed: NonNegativeInt = Field(0, description="Seed of data order, sampling and initialisation.")
     max_skipped_updates: PositiveInt = Field(
         3, description="Non-finite updates in a row that stop the run (its state is saved)."
@@ -286,7 +308,14 @@ class SupervisedTrainConfig(Section):
     run_dir: str = Field(description="Directory of this run.")
     num_steps: PositiveInt = Field(description="Optimizer updates.")
     batch_size: PositiveInt = Field(256, description="Examples of one update, over all ranks.")
-    micro_batch_size: PositiveInt = Field(1, description="Sequences of one forward/backward on one rank.")
+    micro_batch_size: PositiveInt = Field(
+        1, description="Sequences of one forward/backward on one rank, padded to the longest of the pass."
+    )
+    max_tokens_per_micro_batch: PositiveInt | None = Field(
+        None,
+        description="Pack sequences up to so many tokens into one forward/backward, without padding, instead "
+        "of micro_batch_size; its context_parallel_size ranks share them.",
+    )
     seed: NonNegativeInt = Field(0, description="Seed of the data order.")
     max_skipped_updates: PositiveInt = Field(3, description="Non-finite updates in a row that stop the run.")
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from apo_megatron.config.schema import ObjectiveConfig
+from apo_megatron.data.packing import deal
 from apo_megatron.objectives.aggregation import sequence_weights
 from apo_megatron.objectives.objective import ReferenceScope
 from apo_megatron.parallel.state import ParallelContext
@@ -108,9 +109,9 @@ def make_batch(
         weights[part] = sequence_weights(
             objective.loss_aggregation, lengths[part], objective.loss_aggregation_constant
         ).float()
-    mine = [part[parallel.data_rank :: parallel.dims.data] for part in parts]
+    mine = [part[_share_of_rank([len(sequences[i].token_ids) for i in part], parallel)] for part in parts]
     rows = torch.cat(mine).tolist()
-    padded = _pad([sequences[i] for i in rows], weights[rows].tolist(), parallel)
+    padded = _pad([sequences[i] for i in rows], weights[rows].tolist())
     if sequences[0].rollout_log_probs is None:  # demonstrations were not sampled
         padded.pop("rollout_log_probs")
     elif objective.old_log_probs == "rollout":
@@ -123,23 +124,22 @@ def make_batch(
     )
 
 
+def _share_of_rank(lengths: Sequence[int], parallel: ParallelContext) -> torch.Tensor:
+    """Which of the sequences of a mini-batch this data rank takes: as many tokens as the others, about."""
+    return torch.tensor(deal(lengths, parallel.dims.data)[parallel.data_rank], dtype=torch.int64)
+
+
 def make_scoring_batch(token_ids: Sequence[np.ndarray], parallel: ParallelContext) -> MicroBatch:
     """All of the sequences on every rank, each [L] int with L >= 2; the mask covers tokens 1..L-1."""
     assert token_ids and all(len(tokens) >= 2 for tokens in token_ids), "a first token has no log-prob"
     sequences = [TrainingSequence(tokens, prompt_length=1) for tokens in token_ids]
-    padded = _pad(sequences, [0.0] * len(sequences), parallel)
+    padded = _pad(sequences, [0.0] * len(sequences))
     padded.pop("rollout_log_probs")
     return _on_device(padded, parallel)
 
 
-def _pad(
-    sequences: list[TrainingSequence], weights: list[float], parallel: ParallelContext
-) -> dict[str, torch.Tensor]:
-    longest = max((len(s.token_ids) for s in sequences), default=2) - 1
-    # Sequence parallelism cuts the padded length into equal pieces.
-    multiple = parallel.dims.tensor if parallel.dims.sequence_parallel else 1
-    length = -(-longest // multiple) * multiple
-    shape = (len(sequences), length)
+def _pad(sequences: list[TrainingSequence], weights: list[float]) -> dict[str, torch.Tensor]:
+    shape = (len(sequences), max((len(s.token_ids) for s in sequences), default=2) - 1)
     tokens, targets = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     mask = np.zeros(shape, bool)
     advantages, loss_weights = np.zeros(shape, np.float32), np.zeros(shape, np.float32)

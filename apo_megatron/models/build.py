@@ -59,6 +59,7 @@ def build_policy_model(
             rope_scaling=llama3 is not None,
             rope_scaling_factor=llama3.factor if llama3 else 1.0,
             vp_stage=vp_stage,
+            max_logits_bytes=cfg.max_logits_mib * 2**20,
         )
         _mark_experts(chunk)
         chunks.append(chunk.to(parallel.device))

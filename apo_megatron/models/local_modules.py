@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -16,6 +20,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from apo_megatron.models.packed_sequences import PackedSequences, context_positions
 
 # Two places where Megatron-Core 0.16 trips over the absence of TransformerEngine.
 if not hasattr(moe_utils, "te_general_gemm"):
@@ -40,16 +47,26 @@ class SPRMSNorm(torch.nn.RMSNorm):
 class SDPACoreAttention(torch.nn.Module):
     """Causal attention on ``scaled_dot_product_attention``, with grouped queries.
 
-    q [S, B, heads, D], k [S, B, kv_heads, D] and v [S, B, kv_heads, D'] -> [S, B, heads * D']. Right padding
-    needs no mask: a real position never sees what comes after it.
+    q [S, B, heads, D], k [S, B, kv_heads, D] and v [S, B, kv_heads, D'] -> [S, B, heads * D'], or the same
+    without B where the sequences are packed. Right padding needs no mask: a real position never sees what
+    comes after it. Under context parallelism S is this rank's part (``context_positions``); keys and values
+    of all are gathered.
     """
 
     def __init__(
-        self, config: TransformerConfig, softmax_scale: float | None = None, **_spec_arguments: Any
+        self,
+        config: TransformerConfig,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_spec_arguments: Any,
     ) -> None:
         super().__init__()
-        assert config.context_parallel_size == 1 and config.attention_dropout == 0.0
+        assert config.attention_dropout == 0.0
         self.softmax_scale = softmax_scale
+        self.context_size = config.context_parallel_size
+        if self.context_size > 1:
+            assert pg_collection is not None
+            self.context_group = pg_collection.cp
 
     def forward(
         self,
@@ -59,20 +76,68 @@ class SDPACoreAttention(torch.nn.Module):
         attention_mask: Tensor | None = None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
         assert attention_mask is None and attention_bias is None, "only plain causal attention"
-        assert packed_seq_params is None, "packed sequences are not supported"
+        if packed_seq_params is None:
+            lengths = (len(query) * self.context_size,)
+            return self._attend(query, key, value, lengths).flatten(2)
+        query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        return self._attend(query, key, value, packed_seq_params.lengths).flatten(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        if self.context_size > 1:
+            order = _order_of_gathered(lengths, self.context_size)
+            key, value = (
+                gather_from_sequence_parallel_region(tensor, group=self.context_group)[order]
+                for tensor in (key, value)
+            )
+        outputs = [
+            self._attend_causally(query[queries], key[keys], value[keys])
+            for queries, keys in self._chunks(lengths)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _chunks(self, lengths: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
+        """Consecutive queries of this rank, and the keys up to the last of them in their sequence."""
+        first_query = first_key = 0
+        for length in lengths:
+            if self.context_size == 1:
+                numbers, chunk = [0], length
+            else:
+                rank = self.context_group.rank()
+                numbers = [rank, 2 * self.context_size - 1 - rank]
+                chunk = length // (2 * self.context_size)
+            for number in numbers:
+                yield (
+                    slice(first_query, first_query + chunk),
+                    slice(first_key, first_key + (number + 1) * chunk),
+                )
+                first_query += chunk
+            first_key += length
+
+    def _attend_causally(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Where there are more keys than queries, the last query sees all of them."""
+        is_square = len(query) == len(key)
+        mask = None if is_square else causal_lower_right(len(query), len(key))
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         output = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=is_square,
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return output.permute(2, 0, 1, 3).flatten(2)
+        return output.permute(2, 0, 1, 3)
+
+
+@lru_cache(maxsize=4)
+def _order_of_gathered(lengths: tuple[int, ...], world: int) -> Tensor:
+    """Where each position of the sequences lies in what is gathered from all context-parallel ranks."""
+    gathered = np.concatenate([context_positions(lengths, rank, world) for rank in range(world)])
+    return torch.from_numpy(np.argsort(gathered))
 
 
 class ReplicatedLinear(torch.nn.Module):

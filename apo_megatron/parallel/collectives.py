@@ -61,8 +61,14 @@ def broadcast_from_main(value: T, parallel: World) -> T:
 
 
 def sum_over_data_parallel(values: torch.Tensor, parallel: ParallelContext) -> torch.Tensor:
-    """``values`` summed in place over the ranks that hold other data, within one pipeline stage."""
+    """``values`` summed in place over the ranks that have other sequences, within one pipeline stage."""
     dist.all_reduce(values, group=parallel.data_group)
+    return values
+
+
+def sum_over_data_and_context_parallel(values: torch.Tensor, parallel: ParallelContext) -> torch.Tensor:
+    """``values`` summed in place over the ranks that train on other tokens, within one pipeline stage."""
+    dist.all_reduce(values, group=parallel.data_context_group)
     return values
 
 

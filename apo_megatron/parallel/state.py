@@ -34,6 +34,8 @@ class ParallelDims:
     expert_tensor: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
 
     @property
     def model(self) -> int:
@@ -63,6 +65,8 @@ class ParallelDims:
             expert_tensor=cfg.expert_tensor_parallel_size,
             sequence_parallel=cfg.sequence_parallel,
             distributed_optimizer=cfg.distributed_optimizer,
+            overlap_grad_reduce=cfg.overlap_grad_reduce,
+            overlap_param_gather=cfg.overlap_param_gather,
         )
         if world % dims.model != 0:
             raise ConfigError(
@@ -90,13 +94,16 @@ class ParallelContext:
     backend: str
     tensor_rank: int
     pipeline_rank: int
+    context_rank: int
     data_rank: int
     expert_rank: int
     expert_tensor_rank: int
     world_group: Group
     tensor_group: Group
     pipeline_group: Group
+    context_group: Group
     data_group: Group
+    data_context_group: Group
     expert_group: Group
     expert_tensor_group: Group
 
@@ -201,13 +208,16 @@ def _megatron_context(
         backend=backend,
         tensor_rank=mpu.get_tensor_model_parallel_rank(),
         pipeline_rank=mpu.get_pipeline_model_parallel_rank(),
+        context_rank=mpu.get_context_parallel_rank(),
         data_rank=mpu.get_data_parallel_rank(),
         expert_rank=mpu.get_expert_model_parallel_rank(),
         expert_tensor_rank=mpu.get_expert_tensor_parallel_rank(),
         world_group=world_group,
         tensor_group=mpu.get_tensor_model_parallel_group(),
         pipeline_group=mpu.get_pipeline_model_parallel_group(),
+        context_group=mpu.get_context_parallel_group(),
         data_group=mpu.get_data_parallel_group(),
+        data_context_group=mpu.get_data_parallel_group(with_context_parallel=True),
         expert_group=mpu.get_expert_model_parallel_group(),
         expert_tensor_group=mpu.get_expert_tensor_parallel_group(),
     )

@@ -14,6 +14,7 @@ from megatron.core import tensor_parallel
 from apo_megatron.actor import sharded_state
 from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.actor.checkpointer import Checkpointer
+from apo_megatron.actor.micro_batches import MicroBatchSize
 from apo_megatron.config import ObjectiveConfig, SFTConfig
 from apo_megatron.data.collate import Batch, TrainingSequence, make_batch
 from apo_megatron.errors import CheckpointError
@@ -58,7 +59,9 @@ def config(payload: dict[str, Any], layout: dict[str, Any], **checkpoint: Any) -
 def actor_of(cfg: SFTConfig) -> MegatronActor:
     """A new actor in a new mesh."""
     parallel = init_parallel(cfg.parallel)
-    return MegatronActor(cfg.model, cfg.optimizer, parallel, micro_batch_size=2, num_updates=10)
+    return MegatronActor(
+        cfg.model, cfg.optimizer, parallel, micro_batch_size=MicroBatchSize(2), num_updates=10
+    )
 
 
 def update(payload: dict[str, Any], actor: MegatronActor, step: int) -> None:

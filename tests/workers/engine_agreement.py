@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from apo_megatron.actor.actor import MegatronActor
+from apo_megatron.actor.micro_batches import MicroBatchSize
 from apo_megatron.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from apo_megatron.data.collate import Batch, TrainingSequence, make_batch
 from apo_megatron.errors import RolloutError
@@ -32,7 +33,7 @@ def _compare(payload: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
         model_cfg,
         OptimizerConfig(lr=5e-3),
         parallel,
-        micro_batch_size=4,
+        micro_batch_size=MicroBatchSize(4),
         num_updates=100,
         temperature=temperature,
     )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from apo_megatron.actor.actor import MegatronActor
+from apo_megatron.actor.micro_batches import MicroBatchSize
 from apo_megatron.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from apo_megatron.data.collate import TrainingSequence, make_batch
 from apo_megatron.objectives.objective import build_objective
@@ -33,10 +34,11 @@ def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelC
             dtype=case.get("dtype", "float32"),
             make_vocab_size_divisible_by=8,
             recompute=case.get("recompute", "none"),
+            max_logits_mib=case.get("max_logits_mib", 1024),
         ),
         OptimizerConfig(**payload["optimizer"]),
         parallel,
-        micro_batch_size=case["micro_batch_size"],
+        micro_batch_size=MicroBatchSize(case["micro_batch_size"], case.get("max_tokens")),
         num_updates=10,
     )
     objective = build_objective(ObjectiveConfig(**case["objective"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from apo_megatron.actor.actor import MegatronActor
+from apo_megatron.actor.micro_batches import MicroBatchSize
 from apo_megatron.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from apo_megatron.data.collate import TrainingSequence, make_batch
 from apo_megatron.objectives.objective import build_objective
@@ -35,7 +36,7 @@ def _actor(payload: dict[str, Any], parallel: ParallelContext) -> MegatronActor:
         ModelConfig(hf_path=payload["model_path"], dtype="float32", make_vocab_size_divisible_by=8),
         OptimizerConfig(clip_grad=0.0),
         parallel,
-        micro_batch_size=2,
+        micro_batch_size=MicroBatchSize(2),
         num_updates=10,
         temperature=payload["temperature"],
         weight_bucket_bytes=20_000,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.actor.checkpointer import Checkpointer
+from apo_megatron.actor.micro_batches import MicroBatchSize
 from apo_megatron.config import SFTConfig
 from tests.workers.checkpoints import actor_of, config, parameters, update
 
@@ -79,7 +80,9 @@ def _resumed_after_a_nap(cfg: SFTConfig, actor: MegatronActor, folder: Path) -> 
     actor.sleep()
     actor.wake()
     Checkpointer(folder, cfg, actor, {}).save(NUM_UPDATES, {})
-    resumed = MegatronActor(cfg.model, cfg.optimizer, actor.parallel, micro_batch_size=2, num_updates=10)
+    resumed = MegatronActor(
+        cfg.model, cfg.optimizer, actor.parallel, micro_batch_size=MicroBatchSize(2), num_updates=10
+    )
     resumed.sleep()
     resumed.wake()
     assert Checkpointer(folder, cfg, resumed, {}).load_latest(max_step=10) is not None

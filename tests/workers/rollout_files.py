@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from apo_megatron.actor.actor import MegatronActor
+from apo_megatron.actor.micro_batches import MicroBatchSize
 from apo_megatron.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from apo_megatron.data.collate import make_batch, trained_sequences
 from apo_megatron.objectives.objective import build_objective
@@ -25,7 +26,8 @@ def write_files(payload: dict[str, Any]) -> None:
 
         def actor_of(path: str) -> MegatronActor:
             model = ModelConfig(hf_path=path, dtype="float32", make_vocab_size_divisible_by=8)
-            return MegatronActor(model, OptimizerConfig(lr=1e-12), parallel, 2, num_updates=10)  # noqa: B023
+            size, optimizer = MicroBatchSize(2), OptimizerConfig(lr=1e-12)
+            return MegatronActor(model, optimizer, parallel, size, num_updates=10)  # noqa: B023
 
         objective, reference = build_objective(cfg), actor_of(payload["reference"])
         actor = actor_of(payload["model"])

@@ -1,0 +1,104 @@
+"""One micro-batch as the model sees it: padded or packed, and this rank's part of the context.
+
+Both are a table ``source`` [B, S] that says which token of which sequence stands where; everything else is
+read through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apo_megatron.models.packed_sequences import PackedSequences, context_positions
+from apo_megatron.parallel.state import ParallelContext
+from apo_megatron.types import MicroBatch, TrainedTokens
+
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a micro-batch stand, on all context-parallel ranks together."""
+
+    source: np.ndarray  # [B, S] int64, row * width + position of the sequences; PADDING where there is none
+    lengths: tuple[int, ...] | None  # of packed sequences, padding included (B = 1); None: padded rows
+
+    @property
+    def length(self) -> int:
+        return int(self.source.shape[1])
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What one forward step needs. C context-parallel ranks have S / C columns each."""
+
+    tokens: Tensor  # [B, S / C] int64
+    positions: Tensor  # [B, S / C] int64, in the sequence
+    loss_mask: Tensor  # [B, S / C] bool
+    packed: PackedSequences | None
+    trained: TrainedTokens  # where loss_mask is True, row-major
+    num_sequences: int  # with trained tokens, on all context-parallel ranks together
+    num_trained: int  # tokens, likewise
+
+
+def padded_layout(
+    rows: Sequence[int], lengths: Sequence[int], num_rows: int, length: int, width: int
+) -> Layout:
+    """Sequences ``rows`` with ``lengths[row]`` tokens each, right-padded to [num_rows, length]."""
+    source = np.full((num_rows, length), PADDING)
+    for place, row in enumerate(rows):
+        source[place, : lengths[row]] = row * width + np.arange(lengths[row])
+    return Layout(source, None)
+
+
+def packed_layout(
+    rows: Sequence[int], lengths: Sequence[int], multiple: int, length: int, width: int
+) -> Layout:
+    """Sequences ``rows``, each padded to a multiple of ``multiple``, then padding up to ``length``.
+
+    That padding is a sequence of its own: nothing attends to it.
+    """
+    source = np.full(length, PADDING)
+    padded = [round_up(lengths[row], multiple) for row in rows]
+    start = 0
+    for row, size in zip(rows, padded, strict=True):
+        source[start : start + lengths[row]] = row * width + np.arange(lengths[row])
+        start += size
+    assert start <= length, f"{start} tokens do not fit into {length}"
+    return Layout(source[None], tuple(padded + [length - start] * (start < length)))
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is not smaller than ``value``."""
+    return -(-value // multiple) * multiple
+
+
+def make_model_input(
+    sequences: MicroBatch, layout: Layout, parallel: ParallelContext
+) -> tuple[ModelInput, Tensor]:
+    """This rank's part of ``layout``, and where its trained tokens [T] lie in the flattened sequences."""
+    device, width = sequences.tokens.device, sequences.tokens.shape[1]
+    columns = context_positions(
+        layout.lengths or [layout.length], parallel.context_rank, parallel.dims.context
+    )
+    source = torch.from_numpy(layout.source[:, columns]).to(device)
+    is_real = source != PADDING
+    index = source.clamp(min=0)
+    loss_mask = sequences.loss_mask.flatten()[index] & is_real
+    found = source[loss_mask]
+    everywhere = layout.source[layout.source != PADDING]
+    num_trained = sequences.loss_mask.flatten()[torch.from_numpy(everywhere).to(device)].sum()
+    model_input = ModelInput(
+        tokens=sequences.tokens.flatten()[index].masked_fill(~is_real, 0),
+        positions=(index % width).masked_fill(~is_real, 0),
+        loss_mask=loss_mask,
+        packed=None if layout.lengths is None else PackedSequences.of_lengths(layout.lengths, device),
+        trained=sequences.tokens_at(found),
+        num_sequences=len(np.unique(everywhere // width)),
+        num_trained=int(num_trained),
+    )
+    return model_input, found

@@ -1,0 +1,125 @@
+"""Packed and padded, with logits and without, context parallel or not, overlapped or not: the same update.
+
+One table of what is combined; each line is compared with ``plain_reference.py`` and printed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import run_distributed
+from tests.plain_reference import run_plain
+from tests.test_layout_invariance import (
+    AGGREGATIONS,
+    DEFAULTS,
+    LAYOUTS,
+    LOSSES,
+    NUM_MINI_BATCHES,
+    OPTIMIZER,
+    RELATIVE_BOUND,
+    SEED,
+    make_sequences,
+    relative_differences,
+)
+from tests.tiny_models import Family, make_tiny_model
+
+_CP2 = {"context_parallel_size": 2}
+_EP2 = {"expert_parallel_size": 2}
+_OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+_PADDED: dict[str, Any] = {}
+_PACKED = {"max_tokens": 40}  # of sequences with up to 16 tokens
+_ALONE = {"max_tokens": 10}  # many are longer
+_FUSED = {"max_logits_mib": 0}
+
+# Processes -> (family, layout, how micro-batches are made and projected). 13 sequences in two mini-batches.
+TABLE: dict[int, list[tuple[Family, dict[str, Any], dict[str, Any]]]] = {
+    1: [
+        ("qwen2", {}, _PACKED),
+        ("qwen2", {}, {**_PADDED, **_FUSED}),
+        ("qwen2", {}, {**_PACKED, **_FUSED, "recompute": "full"}),
+        ("qwen2", {}, _ALONE),
+        ("deepseek_v3", {}, {**_PACKED, **_FUSED}),
+    ],
+    2: [
+        ("qwen2", {}, {**_PACKED, **_FUSED}),  # DP2
+        ("qwen2", _OVERLAP, _PADDED),
+        ("qwen2", _OVERLAP, {**_PACKED, **_FUSED}),
+        ("qwen2", LAYOUTS["tp2"], {**_PADDED, **_FUSED}),
+        ("qwen2", LAYOUTS["tp2_sp"], {**_PACKED, **_FUSED}),
+        ("qwen2_tied", LAYOUTS["tp2_sp"], {**_PACKED, **_FUSED}),
+        ("qwen2", LAYOUTS["pp2"], _PACKED),
+        ("qwen2_tied", LAYOUTS["pp2"], {**_PACKED, **_FUSED}),
+        ("qwen2", {**LAYOUTS["pp2_vpp2"], **_OVERLAP}, {**_PACKED, **_FUSED}),
+        ("qwen2", _CP2, _PADDED),
+        ("qwen2", _CP2, {**_PACKED, "recompute": "selective"}),
+        ("qwen2_tied", _CP2, {**_PACKED, **_FUSED}),
+        ("deepseek_v3", _CP2, {**_PACKED, **_FUSED}),
+        ("qwen3_moe", _EP2, {**_PACKED, **_FUSED}),
+        ("qwen3_moe", {**_CP2, **_EP2}, _PACKED),
+    ],
+    4: [
+        ("qwen2", {**_CP2, **_OVERLAP}, {**_PACKED, **_FUSED}),  # CP2 x DP2
+        ("qwen2", {**_CP2, **LAYOUTS["tp2"]}, _PADDED),
+        ("qwen2", {**_CP2, **LAYOUTS["tp2_sp"]}, {**_PACKED, **_FUSED, "recompute": "full"}),
+        ("qwen2", {**_CP2, **LAYOUTS["pp2_vpp2"]}, {**_PACKED, **_FUSED}),
+        ("qwen2", LAYOUTS["tp2_pp2"], {**_PACKED, **_FUSED}),
+        ("deepseek_v3", {**_CP2, **_EP2, **LAYOUTS["tp2_sp"]}, {**_PACKED, **_FUSED}),
+        ("qwen3_moe", {**_CP2, **_EP2, **LAYOUTS["pp2"]}, {**_PACKED, **_FUSED}),
+    ],
+}
+OBJECTIVE = {**DEFAULTS, **LOSSES["apo_ratio"], **AGGREGATIONS["token-mean"]}
+_NUM_LAYERS = {"qwen2": 4}  # for virtual stages
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, str]:
+    families = dict.fromkeys(family for cases in TABLE.values() for family, _, _ in cases)
+    return {
+        family: str(
+            make_tiny_model(tmp_path_factory.mktemp(family), family, num_layers=_NUM_LAYERS.get(family, 2))
+        )
+        for family in families
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(models: dict[Family, str]) -> dict[Family, dict[str, Any]]:
+    return {
+        family: run_plain(path, make_sequences(), OBJECTIVE, OPTIMIZER, NUM_MINI_BATCHES, SEED)
+        for family, path in models.items()
+    }
+
+
+@pytest.mark.parametrize("world", sorted(TABLE))
+@pytest.mark.filterwarnings("ignore:a sequence of")
+def test_update_equals_plain_torch(
+    world: int, models: dict[Family, str], expected: dict[Family, dict[str, Any]], tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    cases = [
+        {"model_path": models[family], "layout": layout, "micro_batch_size": 2, **how, "objective": OBJECTIVE}
+        for family, layout, how in TABLE[world]
+    ]
+    payload = {
+        "model_path": models["qwen2"],
+        "sequences": make_sequences(),
+        "optimizer": OPTIMIZER,
+        "num_mini_batches": NUM_MINI_BATCHES,
+        "seed": SEED,
+        "cases": cases,
+    }
+    results = run_distributed(world, "tests.workers.layout_invariance:run_cases", payload)[0]
+    failures = []
+    for (family, layout, how), result in zip(TABLE[world], results, strict=True):
+        differences = relative_differences(result, expected[family])
+        line = f"{world} processes, {family}, {layout}, {how}: " + ", ".join(
+            f"{name} {value:.1e}" for name, value in differences.items()
+        )
+        print(line)
+        if not max(differences.values()) <= RELATIVE_BOUND:
+            failures.append(line)
+    assert not failures, "\n".join(failures)
