@@ -63,6 +63,18 @@ def test_the_memory_is_released_and_the_weights_stay(
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_optimizer_state_is_away_while_gradients_are_computed(
+    case: str, results: dict[str, list[dict[str, Any]]]
+) -> None:
+    for rank in results[case]:
+        assert rank["same_with_offload"]
+        awake = rank["naps"][1]["awake"]
+        assert len(rank["held_in_backward"]) == 3
+        for held in rank["held_in_backward"]:
+            assert held == {**awake, "optimizer": 0} and awake["optimizer"] > 0
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_host_copies_are_reused(case: str, results: dict[str, list[dict[str, Any]]]) -> None:
     for rank in results[case]:
         _, second, third = (nap["host_copies"] for nap in rank["naps"])  # no moments before the first update

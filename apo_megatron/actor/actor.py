@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -102,6 +102,7 @@ class MegatronActor:
             optimizer_cfg, self.model_chunks, dtype, parallel.dims.distributed_optimizer
         )
         self._offload = TrainingStateOffload(self.model_chunks, self._optimizer)
+        self._offloads_optimizer = optimizer_cfg.offload
         self.scheduler = build_scheduler(optimizer_cfg, self._optimizer, num_updates)
         self.token_terms = TokenTerms(
             VocabShard.of_rank(
@@ -264,9 +265,10 @@ class MegatronActor:
                 pulled.append(metrics[PULL_FRACTION].values)
 
         micro_batches = split_into_micro_batches(mini_batch, self.micro_batch_size, self.parallel)
-        run_forward_backward(
-            self.model_chunks, micro_batches, partial(self.token_terms.loss, objective), consume, progress
-        )
+        with self._offload.optimizer_state_out() if self._offloads_optimizer else nullcontext():
+            run_forward_backward(
+                self.model_chunks, micro_batches, partial(self.token_terms.loss, objective), consume, progress
+            )
         metrics = self._reduce(sums, sum_over_data_and_context_parallel)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         is_finite = math.isfinite(metrics["loss"]) and self._gradients_are_finite()

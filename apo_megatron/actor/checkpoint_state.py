@@ -93,7 +93,7 @@ def fixed_settings(cfg: RLConfig | SFTConfig, reference: str | None) -> dict[str
         settings["train.num_steps"] = cfg.train.num_steps
         if isinstance(cfg, RLConfig):
             settings["train.num_mini_batches"] = cfg.train.num_mini_batches
-    changeable = {"recompute", "transformer_impl", "max_logits_mib", "lr", "min_lr"}
+    changeable = {"recompute", "transformer_impl", "max_logits_mib", "offload", "lr", "min_lr"}
     if reference is not None:
         changeable |= {"hf_path", "megatron_path"}
     for name, section in sections.items():

@@ -1,13 +1,15 @@
-"""Lends the device memory of the training state to a rollout engine that shares the device.
+"""Takes training state out of the device memory while others need that: a rollout engine, or the backward.
 
-What leaves is what only an update needs: the optimizer's moments and fp32 main parameters go to host memory,
-gradients are dropped, since every update begins with zeros. The weights stay.
+For an engine that shares the device everything leaves that only an update needs: the optimizer's moments and
+fp32 main parameters go to host memory, gradients are dropped, since every update begins with zeros. During
+the backward the optimizer's part of it may be away. The weights stay.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -35,12 +37,7 @@ class TrainingStateOffload:
         if self.is_out:
             return
         self.is_out = True
-        for storage in self._storages():
-            source = _bytes_of(storage)
-            spare = self._spare_copies.get(len(source))
-            copy = spare.pop() if spare else _host_memory_for(source)
-            self._moved.append((storage, copy.copy_(source)))
-            storage.resize_(0)
+        self._release_optimizer_state()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # Megatron calls what torch has deprecated
             for chunk in self._model_chunks:
@@ -54,12 +51,32 @@ class TrainingStateOffload:
             warnings.simplefilter("ignore", UserWarning)
             for chunk in self._model_chunks:
                 chunk.restore_grad_buffers()
+        self._restore_optimizer_state()
+        self.is_out = False
+
+    @contextmanager
+    def optimizer_state_out(self) -> Iterator[None]:
+        """The optimizer's state is in host memory inside the block."""
+        self._release_optimizer_state()
+        try:
+            yield
+        finally:
+            self._restore_optimizer_state()
+
+    def _release_optimizer_state(self) -> None:
+        for storage in self._storages():
+            source = _bytes_of(storage)
+            spare = self._spare_copies.get(len(source))
+            copy = spare.pop() if spare else _host_memory_for(source)
+            self._moved.append((storage, copy.copy_(source)))
+            storage.resize_(0)
+
+    def _restore_optimizer_state(self) -> None:
         for storage, copy in self._moved:
             storage.resize_(len(copy))
             _bytes_of(storage).copy_(copy)
             self._spare_copies.setdefault(len(copy), []).append(copy)
         self._moved.clear()
-        self.is_out = False
 
     def _storages(self) -> Iterator[torch.UntypedStorage]:
         """Each piece of memory that the optimizer has beside the model's: fp32 parameters are the weights."""

@@ -267,6 +267,9 @@ class OptimizerConfig(Section):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="Adam beta 2.")
     adam_eps: PositiveFloat = Field(1e-8, description="Adam epsilon.")
     clip_grad: NonNegativeFloat = Field(1.0, description="Global gradient norm; 0 = no clipping.")
+    offload: bool = Field(
+        False, description="Keep the optimizer's state in host memory while gradients are computed."
+    )
 
     @rule
     def min_lr_is_not_above_lr(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.actor.checkpointer import Checkpointer
+from apo_megatron.actor.forward_step import run_forward_backward
 from apo_megatron.actor.micro_batches import MicroBatchSize
 from apo_megatron.config import SFTConfig
 from tests.workers.checkpoints import actor_of, config, parameters, update
@@ -27,6 +29,7 @@ def take_naps(payload: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _take_naps(payload: dict[str, Any], folder: Path) -> dict[str, Any]:
     cfg = config(payload, payload["layout"], async_save=False)
+    offloading, held_in_backward = _with_optimizer_offloaded(payload, cfg)
     sleepless = actor_of(cfg)
     for step in range(NUM_UPDATES):
         update(payload, sleepless, step)
@@ -37,6 +40,7 @@ def _take_naps(payload: dict[str, Any], folder: Path) -> dict[str, Any]:
         naps.append(_nap(payload, actor))
         update(payload, actor, step)
     same_after_naps = _same(_state(actor), _state(sleepless))
+    same_with_offload = _same(_state(offloading), _state(sleepless))
     actor.sleep()
     refusal = ""
     try:
@@ -51,9 +55,29 @@ def _take_naps(payload: dict[str, Any], folder: Path) -> dict[str, Any]:
         "naps": naps,
         "refusal": refusal,
         "same_after_naps": same_after_naps,
+        "same_with_offload": same_with_offload,
+        "held_in_backward": held_in_backward,
         "same_at_the_end": _same(_state(actor), _state(sleepless)),
         "same_after_resume": _same(_state(resumed), _state(sleepless)),
     }
+
+
+def _with_optimizer_offloaded(
+    payload: dict[str, Any], cfg: SFTConfig
+) -> tuple[MegatronActor, list[dict[str, int]]]:
+    """An actor with ``optimizer.offload`` after the updates, and what it held in their backward."""
+    optimizer = cfg.optimizer.model_copy(update={"offload": True})
+    actor = actor_of(cfg.model_copy(update={"optimizer": optimizer}))
+    held: list[dict[str, int]] = []
+
+    def watched(*arguments: Any) -> None:
+        held.append(_bytes_held(actor))
+        run_forward_backward(*arguments)
+
+    with mock.patch("apo_megatron.actor.actor.run_forward_backward", watched):
+        for step in range(NUM_UPDATES):
+            update(payload, actor, step)
+    return actor, held
 
 
 def _nap(payload: dict[str, Any], actor: MegatronActor) -> dict[str, Any]:
