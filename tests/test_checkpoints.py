@@ -19,7 +19,9 @@ PP2_VPP2: dict[str, Any] = {"pipeline_parallel_size": 2, "virtual_pipeline_paral
 DP2: dict[str, Any] = {}
 TP2: dict[str, Any] = {"tensor_parallel_size": 2}
 PP2: dict[str, Any] = {"pipeline_parallel_size": 2}
+CP2: dict[str, Any] = {"context_parallel_size": 2}
 WHOLE = {"distributed_optimizer": False}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 CASES: list[dict[str, Any]] = [
     {"layout": DP2, "dtype": "float32", "updates_before": 1, "async_save": True},
     {"layout": WHOLE, "dtype": "float32", "updates_before": 0},
@@ -36,6 +38,8 @@ CASES: list[dict[str, Any]] = [
     {"layout": PP2, "other_layout": PP2_VPP2, "dtype": "float32", "updates_before": 1},
     {"layout": PP2_VPP2 | WHOLE, "other_layout": TP2 | WHOLE, "dtype": "float32", "updates_before": 1},
     {"layout": TP2, "other_layout": DP2, "dtype": "bfloat16", "updates_before": 1},
+    {"layout": CP2 | OVERLAP, "dtype": "bfloat16", "updates_before": 1, "async_save": True},
+    {"layout": DP2 | OVERLAP, "other_layout": CP2, "dtype": "float32", "updates_before": 2},
 ]
 
 EP2: dict[str, Any] = {"expert_parallel_size": 2}

@@ -17,11 +17,12 @@ from tests.tiny_models import make_tiny_model
 
 NUM_STEPS, STOP_IN = 6, 3
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "dp2": {},
+    "dp2": {"overlap_grad_reduce": True, "overlap_param_gather": True},
     "tp2": {"tensor_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2},
     "pp2": {"pipeline_parallel_size": 2},
 }
-OTHER_LAYOUT = {"dp2": "tp2", "tp2": "pp2"}
+OTHER_LAYOUT = {"dp2": "tp2", "cp2": "pp2"}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def _config(folder: Path, name: str, layout: str, **checkpoint: Any) -> dict[str
             "run_dir": str(folder / name),
             "num_steps": NUM_STEPS,
             "num_mini_batches": 2,
-            "micro_batch_size": 4,
+            "max_tokens_per_micro_batch": 32,
         },
         "parallel": LAYOUTS[layout],
         "rollout": {"group_size": 4, "max_new_tokens": 5},
