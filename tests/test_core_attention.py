@@ -59,7 +59,7 @@ def test_packed_sequences_do_not_see_each_other(scale: float | None) -> None:
     packed = PackedSequences.of_lengths(LENGTHS, torch.device("cpu"))
     found = attention(scale)(*leaves, packed_seq_params=packed)
     parts = zip(*(leaf.split(LENGTHS) for leaf in leaves), strict=True)
-    expected = torch.cat([definition(*part, scale or DIM**-0.5) for part in parts])
+    expected = torch.cat([definition(q, k, v, scale or DIM**-0.5) for q, k, v in parts])
     check(found, expected, leaves)
 
 
