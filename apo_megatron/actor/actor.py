@@ -247,6 +247,9 @@ class MegatronActor:
     ) -> dict[str, float]:
         """One optimizer update on ``mini_batch``; its metrics, the same on every rank.
 
+        Beside those of the objective: ``token_utilization``, the share of the model's positions that hold a
+        token and not padding, and ``num_micro_batches``.
+
         A loss or gradient that is not finite leaves weights, optimizer and schedule as they are and
         counts in ``skipped_update`` (and ``most_consecutive_skips``, of the run so far).
 
@@ -269,6 +272,9 @@ class MegatronActor:
             run_forward_backward(
                 self.model_chunks, micro_batches, partial(self.token_terms.loss, objective), consume, progress
             )
+        if self.parallel.is_last_stage:
+            for model_input in micro_batches.inputs:
+                sums.add({"token_utilization": TokenMetric(model_input.is_real.flatten())})
         metrics = self._reduce(sums, sum_over_data_and_context_parallel)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         is_finite = math.isfinite(metrics["loss"]) and self._gradients_are_finite()
@@ -286,6 +292,7 @@ class MegatronActor:
             take_pulled(micro_batches.in_order(torch.cat(pulled)) & (not is_skipped))
         return {
             **metrics,
+            "num_micro_batches": float(len(micro_batches.inputs)),
             "grad_norm": float(grad_norm),
             "learning_rate": learning_rate,
             "skipped_update": float(is_skipped),

@@ -38,6 +38,7 @@ class ModelInput:
 
     tokens: Tensor  # [B, S / C] int64
     positions: Tensor  # [B, S / C] int64, in the sequence
+    is_real: Tensor  # [B, S / C] bool, False where there is padding
     loss_mask: Tensor  # [B, S / C] bool
     packed: PackedSequences | None
     trained: TrainedTokens  # where loss_mask is True, row-major
@@ -95,6 +96,7 @@ def make_model_input(
     model_input = ModelInput(
         tokens=sequences.tokens.flatten()[index].masked_fill(~is_real, 0),
         positions=(index % width).masked_fill(~is_real, 0),
+        is_real=is_real,
         loss_mask=loss_mask,
         packed=None if layout.lengths is None else PackedSequences.of_lengths(layout.lengths, device),
         trained=sequences.tokens_at(found),
