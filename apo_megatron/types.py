@@ -67,7 +67,7 @@ class SampleGroup:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Right-padded sequences as the model sees them. Optional fields are filled by the actor's passes."""
+    """Right-padded sequences, in host memory. Optional fields are filled by the actor's passes."""
 
     tokens: torch.Tensor  # [B, S] int64
     targets: torch.Tensor  # [B, S] int64, token that position t predicts

@@ -73,7 +73,7 @@ def compare_logits(
         gap = (logits[:, :columns].float() - expected[: len(logits), start : start + columns]).abs()
         return {"difference": gap.amax(1) if columns else gap.new_zeros(len(gap))}
 
-    sequences = _as_sequences(prompts, parallel.device)
+    sequences = _as_sequences(prompts)
     size = MicroBatchSize(num_sequences=sequences.num_sequences)
     found = run_forward(chunks, split_into_micro_batches(sequences, size, parallel), difference)
     mine = float(found["difference"].max()) if found else 0.0
@@ -97,14 +97,11 @@ def _transformers_logits(hf_path: str | Path, prompts: list[np.ndarray], cfg: Mo
     return torch.cat(rows)
 
 
-def _as_sequences(prompts: list[np.ndarray], device: torch.device) -> MicroBatch:
+def _as_sequences(prompts: list[np.ndarray]) -> MicroBatch:
     shape = (len(prompts), max(PROMPT_LENGTHS))
     tokens, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = torch.from_numpy(prompt)
         mask[row, : len(prompt)] = True
     zeros = torch.zeros(shape)
-    sequences = MicroBatch(tokens, torch.zeros_like(tokens), mask, advantages=zeros, loss_weights=zeros)
-    return MicroBatch(
-        **{name: value.to(device) for name, value in vars(sequences).items() if value is not None}
-    )
+    return MicroBatch(tokens, torch.zeros_like(tokens), mask, advantages=zeros, loss_weights=zeros)

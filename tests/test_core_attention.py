@@ -56,7 +56,7 @@ def check(found: Tensor, expected: Tensor, leaves: list[Tensor]) -> None:
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_packed_sequences_do_not_see_each_other(scale: float | None) -> None:
     leaves = inputs(sum(LENGTHS))
-    packed = PackedSequences.of_lengths(LENGTHS, torch.device("cpu"))
+    packed = PackedSequences.of_lengths(LENGTHS)
     found = attention(scale)(*leaves, packed_seq_params=packed)
     parts = zip(*(leaf.split(LENGTHS) for leaf in leaves), strict=True)
     expected = torch.cat([definition(q, k, v, scale or DIM**-0.5) for q, k, v in parts])
@@ -71,7 +71,7 @@ def test_padded_sequences() -> None:
 
 
 def test_what_megatron_reads_of_packed_sequences() -> None:
-    packed = PackedSequences.of_lengths(LENGTHS, torch.device("cpu"))
+    packed = PackedSequences.of_lengths(LENGTHS)
     assert packed.qkv_format == "thd"
     assert cast(Tensor, packed.cu_seqlens_q).tolist() == [0, 5, 6, 15, 18]
     assert packed.max_seqlen_q == packed.max_seqlen_kv == 9

@@ -169,9 +169,9 @@ class MegatronActor:
         Every rank passes the same sequences and gets the same bits: those of the first data-parallel rank.
         """
         at_one = replace(self.token_terms, temperature=1.0)
-        results = self._forward(make_scoring_batch(token_ids, self.parallel), at_one.log_probs, None)
+        results = self._forward(make_scoring_batch(token_ids), at_one.log_probs, None)
         is_speaker = bool(results) and self.parallel.data_rank == self.parallel.tensor_rank == 0
-        found = results["log_probs"].float().cpu().numpy() if is_speaker else None
+        found = results["log_probs"].float().numpy() if is_speaker else None
         flat = next(f for f in all_gather_objects(found, self.parallel) if f is not None)
         return np.split(flat, np.cumsum([len(tokens) - 1 for tokens in token_ids])[:-1])
 
@@ -210,7 +210,7 @@ class MegatronActor:
         """
         if objective.reference_scope == "none":
             return sequences, {}
-        rows = torch.arange(sequences.num_sequences, device=sequences.tokens.device)
+        rows = torch.arange(sequences.num_sequences)
         if objective.reference_scope == "wrong":
             rows = rows[(sequences.advantages < 0).any(dim=1)]
         chosen = sequences.select(rows)
@@ -274,7 +274,8 @@ class MegatronActor:
             )
         if self.parallel.is_last_stage:
             for model_input in micro_batches.inputs:
-                sums.add({"token_utilization": TokenMetric(model_input.is_real.flatten())})
+                is_real = model_input.is_real.flatten().to(self.parallel.device)
+                sums.add({"token_utilization": TokenMetric(is_real)})
         metrics = self._reduce(sums, sum_over_data_and_context_parallel)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         is_finite = math.isfinite(metrics["loss"]) and self._gradients_are_finite()
@@ -301,8 +302,10 @@ class MegatronActor:
     def _forward(
         self, sequences: MicroBatch, function: TokenFunction, progress: Progress | None
     ) -> dict[str, Tensor]:
+        """Results of all trained tokens in host memory, in the order of the sequences."""
         micro_batches = split_into_micro_batches(sequences, self.micro_batch_size, self.parallel)
-        return run_forward(self.model_chunks, micro_batches, function, progress)
+        results = run_forward(self.model_chunks, micro_batches, function, progress)
+        return {name: values.cpu() for name, values in results.items()}
 
     def _reduce(
         self, sums: MetricSums, sum_over_ranks: Callable[[Tensor, ParallelContext], Tensor]

@@ -170,7 +170,7 @@ def _run_schedule(
     counts = iter(inputs)
 
     def forward_step(data: Iterator[ModelInput], model: torch.nn.Module) -> tuple[Any, Any]:
-        model_input = next(data)
+        model_input = next(data).to(micro_batches.parallel.device)
         # Padding is on the right of its sequence, under a causal mask: no attention mask is needed.
         output = model(
             model_input.tokens,

@@ -49,7 +49,7 @@ class MicroBatches:
         Collective over the context-parallel ranks, which have a part of the tokens each.
         """
         result = values.new_zeros((self.num_tokens, *values.shape[1:]))
-        result[self.token_order] = values
+        result[self.token_order.to(values.device)] = values
         if self.parallel.dims.context > 1:
             summed = result.int() if result.dtype == torch.bool else result
             dist.all_reduce(summed, group=self.parallel.context_group)
@@ -66,7 +66,7 @@ def split_into_micro_batches(
     padding without trained tokens. No sequence is cut; what follows its last trained token is left out.
     """
     is_trained = sequences.loss_mask
-    positions = torch.arange(1, is_trained.shape[1] + 1, device=is_trained.device)
+    positions = torch.arange(1, is_trained.shape[1] + 1)
     lengths: list[int] = (is_trained * positions).amax(dim=1).tolist() if len(is_trained) else []
     layouts = (
         _padded_layouts(lengths, size.num_sequences, is_trained.shape[1], parallel)
@@ -89,7 +89,7 @@ def _padded_layouts(
 ) -> list[Layout]:
     """In order, all of one length."""
     count = _equal_count(-(-len(lengths) // num_rows), parallel)
-    length = max(lengths, default=1)
+    length = max([1, *lengths])
     if _exchanges_tokens(parallel.dims):
         length = all_reduce_max(length, parallel)
     length = round_up(length, _multiple_of_micro_batch(parallel.dims))
@@ -105,9 +105,10 @@ def _packed_layouts(
 ) -> list[Layout]:
     dims = parallel.dims
     multiple, whole = _multiple_of_sequence(dims), _multiple_of_micro_batch(dims)
-    capacity = max_tokens // whole * whole
+    capacity = max(max_tokens // whole, 1) * whole
     padded = [round_up(length, multiple) for length in lengths]
-    if max(padded, default=0) > capacity:
+    speaks = parallel.tensor_rank == parallel.context_rank == parallel.pipeline_rank == 0
+    if speaks and max(padded, default=0) > capacity:
         warnings.warn(
             f"a sequence of {max(lengths)} tokens is longer than train.max_tokens_per_micro_batch="
             f"{max_tokens}: such sequences run alone and need more memory",

@@ -7,7 +7,8 @@ read through it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,25 @@ class ModelInput:
     num_sequences: int  # with trained tokens, on all context-parallel ranks together
     num_trained: int  # tokens, likewise
 
+    def to(self, device: torch.device) -> ModelInput:
+        """The same on the device, where the sequences are not."""
+        return _moved(self, device)
+
+
+def _moved(values: Any, device: torch.device) -> Any:
+    """A copy of a dataclass with its tensors, and those of the dataclasses in it, on ``device``."""
+    if device.type == "cpu":
+        return values
+    moved: dict[str, Any] = {}
+    for item in fields(values):
+        value = getattr(values, item.name)
+        if isinstance(value, Tensor):
+            # Pinned, or the host would wait here for all that the device has been given to do.
+            moved[item.name] = value.pin_memory().to(device, non_blocking=True)
+        elif is_dataclass(value):
+            moved[item.name] = _moved(value, device)
+    return replace(values, **moved)
+
 
 def padded_layout(
     rows: Sequence[int], lengths: Sequence[int], num_rows: int, length: int, width: int
@@ -81,24 +101,27 @@ def round_up(value: int, multiple: int) -> int:
 def make_model_input(
     sequences: MicroBatch, layout: Layout, parallel: ParallelContext
 ) -> tuple[ModelInput, Tensor]:
-    """This rank's part of ``layout``, and where its trained tokens [T] lie in the flattened sequences."""
-    device, width = sequences.tokens.device, sequences.tokens.shape[1]
+    """This rank's part of ``layout``, and where its trained tokens [T] lie in the flattened sequences.
+
+    All in host memory, as the sequences are.
+    """
+    width = sequences.tokens.shape[1]
     columns = context_positions(
         layout.lengths or [layout.length], parallel.context_rank, parallel.dims.context
     )
-    source = torch.from_numpy(layout.source[:, columns]).to(device)
+    source = torch.from_numpy(layout.source[:, columns])
     is_real = source != PADDING
     index = source.clamp(min=0)
     loss_mask = sequences.loss_mask.flatten()[index] & is_real
     found = source[loss_mask]
     everywhere = layout.source[layout.source != PADDING]
-    num_trained = sequences.loss_mask.flatten()[torch.from_numpy(everywhere).to(device)].sum()
+    num_trained = sequences.loss_mask.flatten()[torch.from_numpy(everywhere)].sum()
     model_input = ModelInput(
         tokens=sequences.tokens.flatten()[index].masked_fill(~is_real, 0),
         positions=(index % width).masked_fill(~is_real, 0),
         is_real=is_real,
         loss_mask=loss_mask,
-        packed=None if layout.lengths is None else PackedSequences.of_lengths(layout.lengths, device),
+        packed=None if layout.lengths is None else PackedSequences.of_lengths(layout.lengths),
         trained=sequences.tokens_at(found),
         num_sequences=len(np.unique(everywhere // width)),
         num_trained=int(num_trained),

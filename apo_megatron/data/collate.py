@@ -34,7 +34,8 @@ class TrainingSequence:
 class Batch:
     """One step's sequences of this data rank, divided into mini-batches (one optimizer update each)."""
 
-    sequences: MicroBatch  # [N, S], mini-batch after mini-batch; the actor's passes fill its fields
+    # [N, S], mini-batch after mini-batch, in host memory; the actor's passes fill its fields
+    sequences: MicroBatch
     mini_batch_sizes: tuple[int, ...]  # of this rank; sums to N
     num_wrong: int  # of these sequences have A < 0
     rows: list[int]  # [N], which of the step's trained sequences these are
@@ -52,7 +53,7 @@ class Batch:
 
     def mini_batches(self) -> list[MicroBatch]:
         """The share of this rank in each mini-batch (possibly empty)."""
-        rows = torch.arange(self.sequences.num_sequences, device=self.sequences.tokens.device)
+        rows = torch.arange(self.sequences.num_sequences)
         return [self.sequences.select(part) for part in rows.split(list(self.mini_batch_sizes))]
 
 
@@ -117,7 +118,7 @@ def make_batch(
     elif objective.old_log_probs == "rollout":
         padded["old_log_probs"] = padded["rollout_log_probs"]
     return Batch(
-        sequences=_on_device(padded, parallel),
+        sequences=MicroBatch(**padded),
         mini_batch_sizes=tuple(len(part) for part in mine),
         num_wrong=sum(sequences[row].advantage < 0 for row in rows),
         rows=rows,
@@ -129,13 +130,13 @@ def _share_of_rank(lengths: Sequence[int], parallel: ParallelContext) -> torch.T
     return torch.tensor(deal(lengths, parallel.dims.data)[parallel.data_rank], dtype=torch.int64)
 
 
-def make_scoring_batch(token_ids: Sequence[np.ndarray], parallel: ParallelContext) -> MicroBatch:
+def make_scoring_batch(token_ids: Sequence[np.ndarray]) -> MicroBatch:
     """All of the sequences on every rank, each [L] int with L >= 2; the mask covers tokens 1..L-1."""
     assert token_ids and all(len(tokens) >= 2 for tokens in token_ids), "a first token has no log-prob"
     sequences = [TrainingSequence(tokens, prompt_length=1) for tokens in token_ids]
     padded = _pad(sequences, [0.0] * len(sequences))
     padded.pop("rollout_log_probs")
-    return _on_device(padded, parallel)
+    return MicroBatch(**padded)
 
 
 def _pad(sequences: list[TrainingSequence], weights: list[float]) -> dict[str, torch.Tensor]:
@@ -162,7 +163,3 @@ def _pad(sequences: list[TrainingSequence], weights: list[float]) -> dict[str, t
         "loss_weights": torch.from_numpy(loss_weights),
         "rollout_log_probs": torch.from_numpy(rollout),
     }
-
-
-def _on_device(padded: dict[str, torch.Tensor], parallel: ParallelContext) -> MicroBatch:
-    return MicroBatch(**{name: tensor.to(parallel.device) for name, tensor in padded.items()})

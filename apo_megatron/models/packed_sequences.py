@@ -17,9 +17,9 @@ class PackedSequences(PackedSeqParams):
     lengths: tuple[int, ...] = ()  # of whole sequences, not of a rank's part
 
     @staticmethod
-    def of_lengths(lengths: Sequence[int], device: torch.device) -> PackedSequences:
+    def of_lengths(lengths: Sequence[int]) -> PackedSequences:
         """Of sequences with ``lengths`` tokens each."""
-        ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
+        ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
         longest = max(lengths)
         return PackedSequences(
             qkv_format="thd",
