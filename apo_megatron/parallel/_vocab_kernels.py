@@ -1,7 +1,7 @@
 """The functions of ``_vocab_rows`` as Triton kernels, for logits on a GPU.
 
 The statistics read each logit once, the gradient reads and writes it once. Top-K keeps the maxima of blocks
-of columns, for some of the rows at a time, and reads a block again for each pick. Logits are fp32 or narrower,
+of columns, for some rows at a time, and reads a block again for each pick. Logits are fp32 or narrower,
 everything after them is fp32. Arguments and results are those of ``_vocab_rows``; there must be a row and a
 column, and the columns of a row are adjacent in memory.
 
