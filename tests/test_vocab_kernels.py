@@ -36,6 +36,12 @@ def first_rows(case: dict[str, Any], num_rows: int) -> dict[str, Any]:
     return {**case, **whole, "grads": [grad[:num_rows] for grad in case["grads"]]}
 
 
+def rising(case: dict[str, Any]) -> dict[str, Any]:
+    """Higher logits in later columns: every tile raises the maximum."""
+    ramp = torch.linspace(0.0, 12.0, case["logits"].shape[1])
+    return {**case, "logits": case["logits"] + ramp.to(case["logits"].dtype)}
+
+
 # The tiles of the kernels are 4096 and 2048 columns, the blocks of the Top-K search 128.
 OPS: dict[str, dict[str, Any]] = {
     "plain": make_case(5, dtype=FP32, k=4),
@@ -48,6 +54,7 @@ OPS: dict[str, dict[str, Any]] = {
     "peaked": make_case(4, spread=60.0, k=2, dtype=FP32, seed=8),
     "rows that are no whole vectors": make_case(3, 300, 301, dtype=FP32, k=2, padding=INF, seed=9),
     "padding in the last vector": make_case(3, 4201, 4208, 8, dtype=FP32, k=9, temperature=0.7, seed=10),
+    "rising": rising(make_case(3, 4501, 4504, dtype=FP32, k=2, seed=13)),
     "bf16": make_case(4, 301, 304, dtype=BF16, k=3, seed=11),
     "bf16 wide": make_case(3, 6001, 6004, 8, dtype=BF16, k=3, temperature=0.7, seed=12),
     "underflow": {**underflow_case(), "k": 2},
@@ -146,8 +153,8 @@ def compile_launch(kernel: Any, arguments: tuple[Any, ...], options: dict[str, A
     constants = {name: value for name, value in options.items() if name != "num_warps"}
     signature, attributes = {}, {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
-        if value is None:
-            constants[name] = None
+        if value is None or (isinstance(value, int) and value == 1):
+            constants[name] = value  # the compiler treats both as literals
         elif isinstance(value, Tensor):
             signature[name] = names[value.dtype]
         else:
@@ -161,31 +168,45 @@ def compile_launch(kernel: Any, arguments: tuple[Any, ...], options: dict[str, A
     return triton.compile(source, target=target, options={"num_warps": options["num_warps"]}).asm["ptx"]
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_kernels_compile_for_a_gpu(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """With loads and stores of whole vectors, though 16 does not divide the number of tokens."""
+@pytest.fixture
+def compile_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, list[str]]]:
+    """Calls every function, compiles what it launches and gives the PTX by kernel."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     names = ("_scan_row", "_pick_best", "_write_gradient")
     kernels = {name: getattr(_vocab_kernels, name) for name in names}
     recorders = {name: Recorder() for name in names}
     for name in names:
         monkeypatch.setattr(_vocab_kernels, name, recorders[name])
-    logits, of_rows = torch.zeros(2, 8192, dtype=dtype)[:, :8001], torch.zeros(2)
-    columns = torch.zeros(2, 9, dtype=torch.int64)
-    _vocab_kernels.row_statistics(logits, 1.5)
-    _vocab_kernels.best_columns(logits, 8, 1.5)
-    for weighted in (None, of_rows):
-        _vocab_kernels.overwrite_with_gradient(
-            logits, 1.5, of_rows, of_rows, weighted, columns, torch.zeros(2, 9)
-        )
-    compiled = {
-        name: [compile_launch(kernels[name], *launch) for launch in recorders[name].launches]
-        for name in names
-    }
-    assert [len(compiled[name]) for name in names] == [2, 1, 2]
+
+    def compile_all(logits: Tensor, num_slots: int, k: int) -> dict[str, list[str]]:
+        of_rows, grads = torch.zeros(len(logits)), torch.zeros(len(logits), num_slots)
+        _vocab_kernels.row_statistics(logits, 1.5)
+        _vocab_kernels.best_columns(logits, k, 1.5)
+        for weighted in (None, of_rows):
+            _vocab_kernels.overwrite_with_gradient(
+                logits, 1.5, of_rows, of_rows, weighted, grads.long(), grads
+            )
+        compiled = {
+            name: [compile_launch(kernels[name], *launch) for launch in recorders[name].launches]
+            for name in names
+        }
+        assert [len(compiled[name]) for name in names] == [2, 1, 2]
+        return compiled
+
+    return compile_all
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_kernels_compile_for_a_gpu(
+    dtype: torch.dtype, compile_kernels: Callable[..., dict[str, list[str]]]
+) -> None:
+    """With loads and stores of whole vectors, though 16 does not divide the number of tokens."""
+    compiled = compile_kernels(torch.zeros(2, 8192, dtype=dtype)[:, :8001], num_slots=9, k=8)
     for ptx in compiled["_scan_row"] + compiled["_write_gradient"]:
         assert "ld.global.v4.b32" in ptx
     for ptx in compiled["_write_gradient"]:
         assert "st.global.v4.b32" in ptx
+
+
+def test_kernels_compile_for_sizes_of_one(compile_kernels: Callable[..., dict[str, list[str]]]) -> None:
+    compile_kernels(torch.zeros(1, 1), num_slots=1, k=1)
