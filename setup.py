@@ -32,11 +32,20 @@ INSTALL_REQUIRES = [
 # NVIDIA Apex is not on the package index, where an unrelated project holds its name: it is built from source
 # where wanted (docs/design-notes.md) and nothing requires it.
 EXTRAS_REQUIRE = {
-    "gpu": ["transformer-engine[pytorch]"],
+    "gpu": ["transformer-engine[pytorch]", "triton"],  # torch's CUDA builds bring triton and pin its version
     "sglang": ["sglang"],  # pins its own torch and transformers: give it an environment of its own
     "ray": ["ray>=2.50,<3"],  # the launcher reaches into its list of free resources, which has no public name
     "wandb": ["wandb"],
-    "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff", "mypy", "types-PyYAML", "pre-commit", "ray>=2.50,<3"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.5",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+        "pre-commit",
+        "ray>=2.50,<3",
+        "triton>=3.7,<4",  # its interpreter and its compiler are enough to test kernels without a GPU
+    ],
 }
 
 setup(

@@ -45,6 +45,27 @@ def test_vocab_ops_on_the_gpu_equal_float64_on_the_cpu() -> None:
         torch.testing.assert_close(value.double(), expected.double(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("rows", "width", "num_columns", "dtype"),
+    [
+        (300, 151_936, 151_936, torch.float32),
+        (300, 151_936, 151_643, torch.bfloat16),
+        (300, 50_257, 50_257, torch.bfloat16),  # rows that begin at any address
+        (14_400, 151_936, 151_643, torch.bfloat16),  # more than 2^31 logits
+    ],
+)
+def test_kernels_equal_torch_on_the_gpu(rows: int, width: int, num_columns: int, dtype: torch.dtype) -> None:
+    payload = {"rows": rows, "width": width, "num_columns": num_columns, "dtype": dtype, "num_compared": 64}
+    found = run_distributed(1, "tests.workers.gpu:vocab_kernels", payload, use_gpu=True)[0]
+    row_max, sum_exp, _, values, columns, search_max, search_sum, gradient = found["kernels"]
+    assert torch.equal(row_max, search_max) and torch.equal(sum_exp, search_sum)
+    assert torch.equal(values, found["torch"][3]) and torch.equal(columns, found["torch"][4])
+    for value, expected in zip(found["kernels"][:-1], found["torch"][:-1], strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+    rtol = 2**-7 if dtype == torch.bfloat16 else 1e-4  # one bf16 step where the sum before rounding differs
+    torch.testing.assert_close(gradient, found["torch"][-1], rtol=rtol, atol=1e-4)
+
+
 def test_updates_on_the_gpu_equal_plain_torch(tmp_path: Path) -> None:
     path = str(make_tiny_model(tmp_path, "qwen2", num_layers=4))
     objective = {**DEFAULTS, **LOSSES["apo_ratio"], **AGGREGATIONS["token-mean"]}

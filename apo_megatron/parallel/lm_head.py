@@ -20,14 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from apo_megatron.parallel._vocab_rows import (
-    Candidates,
-    RowStatistics,
-    best_columns,
-    compute_dtype,
-    overwrite_with_gradient,
-    row_statistics,
-)
+from apo_megatron.parallel._vocab_rows import Candidates, RowStatistics, compute_dtype
+from apo_megatron.parallel._vocab_rows_by_device import row_functions
 from apo_megatron.parallel._vocab_terms import (
     ChosenColumns,
     PolicyTerms,
@@ -129,13 +123,15 @@ def lm_head_topk(
     assert k >= 1, f"k must be positive, not {k}"
     chosen_columns = locate(targets, targets.new_empty(len(targets), 0), shard)
     scale = base_2_scale(temperature)
-    best = best_columns(hidden[:, :0], k, scale)  # of no column yet
+    nothing = hidden[:, :0]
+    best = row_functions(nothing).best_columns(nothing, k, scale)  # of no column yet
     chosen = best.row_max.new_zeros((len(hidden), 1))
     tiles = _Tiles(hidden, weight, shard, tile)
     for columns in tiles.blocks():
         for rows, logits in tiles.of_block(columns):
             _keep_chosen(chosen, logits, chosen_columns, rows, columns)
-            _merge_candidates(best, best_columns(logits, k, scale), rows, columns)
+            found = row_functions(logits).best_columns(logits, k, scale)
+            _merge_candidates(best, found, rows, columns)
     log_probs, ids, target_log_probs = topk_log_probs(best, chosen, shard, temperature)
     return ReferenceTerms(log_probs, ids, target_log_probs.squeeze(1))
 
@@ -157,13 +153,15 @@ class _LMHeadTerms(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         chosen_columns = locate(targets, support_ids, shard)
         scale = base_2_scale(temperature)
-        statistics = row_statistics(hidden[:, :0], scale)  # of no column yet
+        nothing = hidden[:, :0]
+        statistics = row_functions(nothing).row_statistics(nothing, scale)  # of no column yet
         chosen = statistics.row_max.new_zeros(chosen_columns.columns.shape)
         tiles = _Tiles(hidden, weight, shard, tile)
         for columns in tiles.blocks():
             for rows, logits in tiles.of_block(columns):
                 _keep_chosen(chosen, logits, chosen_columns, rows, columns)
-                _merge_statistics(statistics, row_statistics(logits, scale), rows)
+                found = row_functions(logits).row_statistics(logits, scale)
+                _merge_statistics(statistics, found, rows)
         terms, softmax_rows = policy_terms(statistics, chosen, chosen_columns.is_absent, shard, temperature)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, *chosen_columns, *softmax_rows)
@@ -194,7 +192,7 @@ class _LMHeadTerms(torch.autograd.Function):
             total = target if scratch is None else scratch[: len(target)].zero_()
             for rows, logits in tiles.of_block(columns):
                 positions, is_inside = _in_block(chosen_columns, rows, columns)
-                overwrite_with_gradient(
+                row_functions(logits).overwrite_with_gradient(
                     logits,
                     scale,
                     softmax_rows.row_max[rows],

@@ -3,8 +3,8 @@
 Three quantities of the policy in two collectives forward and none backward, and the Top-K of the reference in
 one collective. Formulas: "Anchored Policy Optimization", arXiv 2602.05717; P is the policy's mass on the
 anchor support S, every distribution is softmax(logits / temperature). No second buffer of the size of the
-logits exists at any time: forward and backward work through a few rows at a time, and backward writes the
-gradient into the storage of the logits.
+logits exists at any time: forward and backward work through a few rows at a time (on a GPU: in kernels that
+read each logit once), and backward writes the gradient into the storage of the logits.
 
 Shapes: T token rows, V padded vocabulary columns, p ranks, K support tokens.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apo_megatron.parallel._vocab_rows import best_columns, overwrite_with_gradient, row_statistics
+from apo_megatron.parallel._vocab_rows_by_device import row_functions
 from apo_megatron.parallel._vocab_terms import (
     PolicyTerms,
     SoftmaxRows,
@@ -58,7 +58,8 @@ class _PolicyTerms(torch.autograd.Function):
         ctx: Any, logits: Tensor, targets: Tensor, support_ids: Tensor, shard: VocabShard, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         columns, is_local, is_absent = locate(targets, support_ids, shard)
-        statistics = row_statistics(logits[:, : shard.num_real_columns], base_2_scale(temperature))
+        real = logits[:, : shard.num_real_columns]
+        statistics = row_functions(real).row_statistics(real, base_2_scale(temperature))
         chosen = logits.gather(1, columns).to(statistics.row_max.dtype).masked_fill_(~is_local, 0.0)
         terms, rows = policy_terms(statistics, chosen, is_absent, shard, temperature)
         ctx.set_materialize_grads(False)
@@ -90,8 +91,9 @@ class _PolicyTerms(torch.autograd.Function):
         grad = logits.detach()
         grad[:, ctx.num_real_columns :].zero_()
         if ctx.num_real_columns > 0:
-            overwrite_with_gradient(
-                grad[:, : ctx.num_real_columns],
+            real = grad[:, : ctx.num_real_columns]
+            row_functions(real).overwrite_with_gradient(
+                real,
                 base_2_scale(ctx.temperature),
                 rows.row_max,
                 exp_coeff,
@@ -114,7 +116,8 @@ def vocab_parallel_topk(
     """
     shard.check(logits, temperature)
     assert k >= 1, f"k must be positive, not {k}"
-    candidates = best_columns(logits[:, : shard.num_real_columns], k, base_2_scale(temperature))
+    real = logits[:, : shard.num_real_columns]
+    candidates = row_functions(real).best_columns(real, k, base_2_scale(temperature))
     none_chosen = candidates.values[:, :0]
     log_probs, ids, _ = topk_log_probs(candidates, none_chosen, shard, temperature)
     return log_probs, ids
