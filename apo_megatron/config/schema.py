@@ -42,6 +42,11 @@ class ModelConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="Activations recomputed in backward: attention core, or whole layers."
     )
+    max_logits_mib: NonNegativeInt = Field(
+        512,
+        description="A micro-batch whose logits would be larger than this on a rank goes through the fused "
+        "LM head, which never makes them; 0 = always fused.",
+    )
     make_vocab_size_divisible_by: PositiveInt = Field(
         128, description="The vocabulary is padded to a multiple of this times tensor_parallel_size."
     )
@@ -268,6 +273,11 @@ class TrainConfig(Section):
     num_steps: PositiveInt = Field(description="Rollout-and-train steps.")
     num_mini_batches: PositiveInt = Field(1, description="Optimizer updates per step.")
     micro_batch_size: PositiveInt = Field(1, description="Sequences of one forward/backward on one rank.")
+    max_tokens_per_micro_batch: PositiveInt | None = Field(
+        None,
+        description="Tokens of one packed micro-batch, shared by its context-parallel ranks; null = padded "
+        "micro-batches of micro_batch_size sequences.",
+    )
     seed: NonNegativeInt = Field(0, description="Seed of data order, sampling and initialisation.")
     max_skipped_updates: PositiveInt = Field(
         3, description="Non-finite updates in a row that stop the run (its state is saved)."
@@ -287,6 +297,11 @@ class SupervisedTrainConfig(Section):
     num_steps: PositiveInt = Field(description="Optimizer updates.")
     batch_size: PositiveInt = Field(256, description="Examples of one update, over all ranks.")
     micro_batch_size: PositiveInt = Field(1, description="Sequences of one forward/backward on one rank.")
+    max_tokens_per_micro_batch: PositiveInt | None = Field(
+        None,
+        description="Tokens of one packed micro-batch, shared by its context-parallel ranks; null = padded "
+        "micro-batches of micro_batch_size sequences.",
+    )
     seed: NonNegativeInt = Field(0, description="Seed of the data order.")
     max_skipped_updates: PositiveInt = Field(3, description="Non-finite updates in a row that stop the run.")
 
