@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +30,7 @@ from apo_megatron.planning.vocabulary import VocabularyEnd
 from tests.distributed import run_distributed
 from tests.tiny_models import Family, make_tiny_model
 
+ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 # Sizes and parameter counts (billions) as their authors published them.
 _ALL: dict[str, Any] = {"hidden_act": "silu", "tie_word_embeddings": False, "max_position_embeddings": 32768}
@@ -377,24 +381,50 @@ def test_wrong_words_are_explained(
     assert message in capsys.readouterr().err
 
 
+def test_the_documented_plan_is_what_the_tool_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With APO_MEGATRON_UPDATE_DOCS=1 the page is rewritten."""
+    page = ROOT / "docs" / "planning.md"
+    text = page.read_text()
+    settings, shown = re.search(r"```yaml\n(.*?)```", text, re.S), re.search(r"```text\n(.*?)```", text, re.S)
+    command = re.search(r"^    apo-doctor (.*)$", text, re.M)
+    assert settings and command and shown
+    (tmp_path / "qwen.yaml").write_text(settings[1])
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(
+        doctor, "read_architecture", lambda _: read_architecture(published_model(tmp_path, "Qwen2.5-7B"))
+    )
+    monkeypatch.chdir(tmp_path)
+    assert doctor.main(shlex.split(command[1])) in (0, doctor.EXIT_DOES_NOT_FIT)
+    found = re.sub(r" +$", "", capsys.readouterr().out, flags=re.M)
+    if os.environ.get("APO_MEGATRON_UPDATE_DOCS") == "1":
+        page.write_text(text[: shown.start(1)] + found + text[shown.end(1) :])
+    else:
+        assert found == shown[1]
+
+
 class Case(NamedTuple):
     family: Family
     dtype: str
     vocab_size: int
     num_layers: int
     recompute: str = "none"
+    distributed_optimizer: bool = False  # on gloo its reduction copies all gradients, which would be the peak
 
 
 # Wide vocabulary and few layers, or the other way round: one or the other is the peak.
 ALONE = (
     Case("qwen2", "float32", 20_000, 4),
     Case("qwen2", "bfloat16", 20_000, 4),
+    Case("qwen2", "bfloat16", 20_000, 4, distributed_optimizer=True),
     Case("qwen2_tied", "float32", 20_000, 4),
     Case("qwen3", "bfloat16", 2000, 8),
     Case("qwen3", "float32", 2000, 8, "full"),
     Case("qwen3_moe", "float32", 2000, 4),
+    Case("deepseek_v3", "float32", 2000, 4),
 )
-PAIRS = (Case("qwen2", "float32", 20_000, 4), Case("qwen2", "bfloat16", 2000, 8))
+PAIRS = (Case("qwen2", "float32", 20_000, 4), Case("qwen2", "bfloat16", 2000, 8, distributed_optimizer=True))
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": {"tensor_parallel_size": 2},
     "TP2 SP": {"tensor_parallel_size": 2, "sequence_parallel": True},
@@ -420,7 +450,7 @@ def measured_config(case: Case, folder: Path, parallel: dict[str, Any]) -> dict[
         "data": {"train_path": "none", "max_prompt_length": 32, "prompts_per_step": 2},
         "train": {"run_dir": "none", "num_steps": 1, "micro_batch_size": 2},
         "rollout": {"group_size": 2, "max_new_tokens": 96},
-        "parallel": parallel,
+        "parallel": {**parallel, "distributed_optimizer": case.distributed_optimizer},
     }
 
 

@@ -27,8 +27,13 @@ class Numerics:
     """How the layers compute, as far as it decides what they save."""
 
     itemsize: int  # bytes of a parameter and of an activation
-    # On a CPU torch's RMSNorm is made of single operations in fp32, and AdamW has no fused kernel.
+    # A CPU has fewer fused kernels: of RMSNorm, of AdamW, of adding bf16 to fp32.
     on_cpu: bool = False
+
+    @property
+    def copies_to_accumulate(self) -> float:
+        """Copies of a gradient made while it is added to its fp32 buffer: torch on a CPU widens it first."""
+        return FP32 / self.itemsize if self.on_cpu and self.itemsize < FP32 else 0.0
 
     def norm(self, width: float) -> float:
         """Bytes a token that an RMSNorm over ``width`` saves beside its output.
@@ -48,16 +53,16 @@ def dense_layer_bytes(architecture: Architecture, dims: ParallelDims, numerics: 
 def expert_layer_bytes(architecture: Architecture, dims: ParallelDims, numerics: Numerics) -> float:
     """Bytes a token of a layer with experts, where the router spreads the tokens evenly.
 
-    The tokens of a rank are routed top_k times; that many rows, [.., H], go into its experts and out again.
-    Expert tensor ranks each see the rows of all of them. The router works in fp32.
+    Each token of a rank becomes top_k rows, which expert tensor ranks see of each other too. A row keeps its
+    b H, and 6 b f in its expert: SwiGLU's and the product with the router's fp32 weight. Beside them the
+    router has a flag and an fp32 weight for each token and expert, each row its position and weight (16).
     """
     experts, size = _experts(architecture), numerics.itemsize
     sequence_split = _sequence_split(dims)
     rows = experts.top_k * dims.expert_tensor / sequence_split
-    per_row = 2 * size * architecture.hidden_size + _swiglu_bytes(
-        experts.ffn_hidden_size / dims.expert_tensor, numerics
-    )
-    router = (4 * architecture.hidden_size + 16 * experts.num_experts) / sequence_split
+    per_row = size * (architecture.hidden_size + experts.ffn_hidden_size / dims.expert_tensor) + 16
+    per_row += _swiglu_bytes(experts.ffn_hidden_size / dims.expert_tensor, numerics)
+    router = 5 * experts.num_experts / sequence_split
     shared = _swiglu_bytes(experts.shared_ffn_hidden_size / dims.tensor, numerics)
     return _around_attention(architecture, dims, numerics) + rows * per_row + router + shared
 
@@ -68,7 +73,7 @@ class StageActivations:
 
     kept: float  # of all micro-batches on the way
     layer_input: float  # of one micro-batch: hidden states between two layers
-    largest_layer: float  # of one micro-batch: all that one layer saves
+    layer_gradients: float  # of one micro-batch: at once, while a layer is differentiated
     recomputed: float  # of one micro-batch: made again for its backward
     final_norm: float  # of one micro-batch; on the last stage only
 
@@ -89,7 +94,7 @@ class StageActivations:
         num_expert = 0 if experts is None else sum(experts.layers[layer] for layer in layers)
         num_dense = len(layers) - num_expert
         tokens = workload.tokens_per_micro_batch / dims.context
-        split = dims.tensor if dims.sequence_parallel else 1
+        split = _sequence_split(dims)
         layer_input = tokens * numerics.itemsize * architecture.hidden_size / split
         saved_by_core = 4 * architecture.num_heads / dims.tensor if recompute == "selective" else 0.0
         dense = (
@@ -103,10 +108,11 @@ class StageActivations:
             kept = layer_input * len(layers)
         in_flight = layers_in_flight(dims, stage, len(layers), workload.num_micro_batches(dims))
         largest = max(dense, expert)
+        widest = _widest_gradient(architecture, dims, num_dense > 0, num_expert > 0)
         return StageActivations(
             kept=kept * in_flight / len(layers),
             layer_input=layer_input,
-            largest_layer=largest,
+            layer_gradients=tokens * numerics.itemsize * (widest + 2 * architecture.hidden_size),
             recomputed=largest if recompute == "full" else 0.0,
             final_norm=tokens * numerics.norm(architecture.hidden_size) / split,
         )
@@ -129,6 +135,18 @@ def layers_in_flight(dims: ParallelDims, stage: int, num_layers: int, num_micro_
 
 def _sequence_split(dims: ParallelDims) -> int:
     return dims.tensor if dims.sequence_parallel else 1
+
+
+def _widest_gradient(
+    architecture: Architecture, dims: ParallelDims, has_dense: bool, has_experts: bool
+) -> float:
+    """Numbers a token of the product of gate and up part, with whose gradient a layer's backward begins."""
+    width = architecture.ffn_hidden_size / dims.tensor if has_dense else 0.0
+    if has_experts:
+        experts = _experts(architecture)
+        rows = experts.top_k * dims.expert_tensor / _sequence_split(dims)
+        width = max(width, rows * max(experts.ffn_hidden_size / dims.expert_tensor, architecture.hidden_size))
+    return width
 
 
 def _around_attention(architecture: Architecture, dims: ParallelDims, numerics: Numerics) -> float:

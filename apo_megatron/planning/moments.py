@@ -34,10 +34,9 @@ def moments_of_update(
     """Of one rank of a stage; ``end`` is what the last stage has beyond the others."""
     waiting = 0.0 if end is None else end.gradient_that_waits
     exchanged = 2 * activations.layer_input if dims.pipeline > 1 else 0.0
-    # While the last layer is differentiated, nothing of the others is free yet. Its own temporaries: the
-    # gradients of what its widest part saved, of its input and output, and of one weight.
-    layer_gradients = activations.largest_layer / 2 + 2 * activations.layer_input
-    layer_gradients += parameters.largest_in_layers * numerics.itemsize
+    # While the last layer is differentiated, nothing of the others is free yet.
+    weight_gradient = parameters.largest_in_layers * numerics.itemsize
+    layer_gradients = activations.layer_gradients + weight_gradient
     moments = [
         Moment(
             "backward of a layer",
@@ -45,16 +44,25 @@ def moments_of_update(
             waiting,
             layer_gradients + exchanged,
         ),
+        Moment("gradient reduction", temporaries=_reduction_temporaries(dims, numerics, parameters)),
         Moment("optimizer step", temporaries=_optimizer_temporaries(dims, numerics, parameters)),
     ]
     if parameters.embedding:
-        gradient = parameters.embedding * numerics.itemsize
+        gradient = parameters.embedding * numerics.itemsize * (1 + numerics.copies_to_accumulate)
         moments.append(Moment("backward of the embedding", 0.0, waiting, gradient))
     if end is not None:
         kept = activations.kept + activations.final_norm
         moments.append(Moment("forward of the LM head", kept, end.forward(), exchanged))
         moments.append(Moment("backward of the LM head", kept, end.backward(), exchanged))
+        moments.append(Moment("gradient of the LM head", kept, end.accumulation(), exchanged))
     return moments
+
+
+def _reduction_temporaries(dims: ParallelDims, numerics: Numerics, parameters: StageParameters) -> float:
+    """Gloo's reduce-scatter works on a copy of its input, one buffer after the other; NCCL's does not."""
+    if not (numerics.on_cpu and dims.distributed_optimizer):
+        return 0.0
+    return FP32 * max(parameters.total - parameters.experts, parameters.experts)
 
 
 def _optimizer_temporaries(dims: ParallelDims, numerics: Numerics, parameters: StageParameters) -> float:

@@ -8,7 +8,7 @@ from apo_megatron.planning.activations import FP32, Numerics
 
 # apo_megatron/parallel/lm_head.py: rows and columns of logits that exist at a time. On a CPU, on a GPU.
 _TILE = {True: (512, 4096), False: (4096, 8192)}
-# apo_megatron/parallel/_vocab_rows.py: a scratch, of which the row statistics have two. On a CPU, on a GPU.
+# apo_megatron/parallel/_vocab_rows.py: the largest scratch; row statistics have two. On a CPU, a GPU.
 _SCRATCH_BYTES = {True: 2**21, False: 2**25}
 
 
@@ -55,6 +55,10 @@ class VocabularyEnd:
             total += (self.rows + self._tile[1]) * self.hidden_size * FP32 + self._scratch
         return total
 
+    def accumulation(self) -> float:
+        """The gradient of the weight, while it is added to the fp32 buffer."""
+        return self.weight_gradient * (1 + self.numerics.copies_to_accumulate)
+
     @property
     def _rows(self) -> float:
         return self.rows * self.hidden_size * self.numerics.itemsize
@@ -70,4 +74,6 @@ class VocabularyEnd:
 
     @property
     def _scratch(self) -> float:
-        return _SCRATCH_BYTES[self.numerics.on_cpu]
+        """Some rows in fp32, at least one."""
+        rows, columns = self._tile if self.is_fused else (self.rows, self.columns)
+        return min(max(_SCRATCH_BYTES[self.numerics.on_cpu], FP32 * columns), FP32 * rows * columns)
