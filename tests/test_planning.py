@@ -436,14 +436,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def measured_config(case: Case, folder: Path, parallel: dict[str, Any]) -> dict[str, Any]:
     path = folder / "-".join(map(str, case))
     if not path.exists():
-        sizes = {"hidden_size": 256, "num_heads": 4, "intermediate_size": 512}
         make_tiny_model(
             path,
             case.family,
             vocab_size=case.vocab_size,
+            hidden_size=256,
             num_layers=case.num_layers,
+            num_heads=4,
+            intermediate_size=512,
             tokenizer=False,
-            **sizes,
         )
     return {
         "model": {"hf_path": str(path), "dtype": case.dtype, "recompute": case.recompute},
@@ -473,7 +474,7 @@ def predictions(stage: StageMemory) -> Iterator[tuple[str, float, float]]:
     yield "weights", stage.weights, 0.02
     yield "gradients", stage.gradients, 0.02
     yield "optimizer", stage.optimizer, 0.02
-    yield "peak", stage.moment.total, 0.25
+    yield "peak", stage.moment.total, 0.08
 
 
 def new_table(title: str) -> Table:

@@ -27,7 +27,6 @@ def _measure(cfg: RLConfig) -> dict[str, Any]:
     actor = MegatronActor(cfg.model, cfg.optimizer, parallel, cfg.train.micro_batch_size, num_updates=10)
     objective = build_objective(cfg.objective)
     batch = make_batch(_sequences(cfg), cfg.objective, parallel, 1, seed=(0, 0))
-    batch.sequences = actor.attach_old_log_probs(batch.sequences)
     with actor.weights_from(actor.snapshot()):
         batch.sequences, _ = actor.attach_reference(batch.sequences, objective)
     (mini_batch,) = batch.mini_batches()
