@@ -68,6 +68,7 @@ setup(
             "apo-train = apo_megatron.train:main",
             "apo-sft = apo_megatron.sft:main",
             "apo-eval = apo_megatron.evaluate:main",
+            "apo-doctor = apo_megatron.doctor:main",
             "apo-ray = apo_megatron.launch.ray:main",
             "apo-hf-to-megatron = checkpoints_convert.hf_to_megatron:main",
             "apo-megatron-to-hf = checkpoints_convert.megatron_to_hf:main",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 # From the top down.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "commands": ("apo_megatron.launch", "checkpoints_convert", "tools", "examples"),
+    "commands": ("apo_megatron.launch", "apo_megatron.doctor", "checkpoints_convert", "tools", "examples"),
     "programs": (
         "apo_megatron.train",
         "apo_megatron.sft",
@@ -36,6 +36,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "parallel": ("apo_megatron.parallel",),
     "pure": (
         "apo_megatron.objectives",
+        "apo_megatron.planning",
+        "apo_megatron.parallel.dims",
+        "apo_megatron.models.layout",
+        "apo_megatron.models.expert_config",
         "apo_megatron.weights.layouts",
         "apo_megatron.weights.rules",
         "apo_megatron.weights.families",

@@ -185,6 +185,11 @@ def test_import_is_light(statement: str) -> None:
     assert _loaded_after(statement) & heavy == set()
 
 
+def test_the_planner_is_quick_to_start() -> None:
+    heavy = {"megatron", "transformers", "ray", "sglang", "datasets"}
+    assert _loaded_after("import apo_megatron.doctor") & heavy == set()
+
+
 def test_pure_modules_load_nothing_above_them(program: dict[str, Module]) -> None:
     """What a package's __init__ imports loads with each of its modules: only a real import shows it."""
     pure = [name for name in program if layer_of(name) == "pure"]

@@ -17,8 +17,9 @@ from apo_megatron.config.schema import ModelConfig, ParallelConfig
 from apo_megatron.errors import ConfigError
 from apo_megatron.models.build import build_policy_model
 from apo_megatron.models.hf_config import read_architecture
-from apo_megatron.models.transformer_config import build_transformer_config, padded_vocab_size
-from apo_megatron.parallel.state import ParallelDims
+from apo_megatron.models.layout import padded_vocab_size
+from apo_megatron.models.transformer_config import build_transformer_config
+from apo_megatron.parallel.dims import ParallelDims
 from apo_megatron.weights.layouts import Replicated, VocabParallel
 from apo_megatron.weights.table import build_table
 from tests.layout_cases import CASES, LAYOUTS, VOCAB_SIZE, checkpoint, reference, results, unpack

@@ -20,7 +20,8 @@ from apo_megatron.actor.model_inputs import (
 )
 from apo_megatron.data.packing import pack, pack_into
 from apo_megatron.parallel.collectives import all_reduce_max
-from apo_megatron.parallel.state import ParallelContext, ParallelDims
+from apo_megatron.parallel.dims import ParallelDims
+from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.types import MicroBatch
 
 

@@ -15,9 +15,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from apo_megatron.config.schema import ModelConfig
 from apo_megatron.errors import ConfigError
+from apo_megatron.models.layout import padded_vocab_size
 from apo_megatron.models.local_modules import use_local_modules
 from apo_megatron.models.policy_model import PolicyModel
-from apo_megatron.models.transformer_config import build_transformer_config, padded_vocab_size
+from apo_megatron.models.transformer_config import build_transformer_config
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.weights.architecture import Architecture, Llama3RopeScaling
 

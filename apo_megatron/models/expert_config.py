@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from apo_megatron.errors import ConfigError
-from apo_megatron.parallel.state import ParallelDims
+from apo_megatron.parallel.dims import ParallelDims
 from apo_megatron.weights.architecture import Architecture, Experts
 
 # Megatron ranks the groups of experts by the sum of so many best experts; DeepSeek-V3 by that of two.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -18,15 +19,18 @@ _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _NEEDED_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja"]
 
 
-def resolve_model_path(hf_path: str | Path) -> Path:
-    """The directory itself, or the local snapshot of a hub id. Raises ConfigError where it is neither."""
+def resolve_model_path(hf_path: str | Path, patterns: Sequence[str] = _NEEDED_FILES) -> Path:
+    """The directory itself, or the local snapshot of a hub id. Raises ConfigError where it is neither.
+
+    Of a hub id, files that match ``patterns`` are downloaded where they are not here yet.
+    """
     path = Path(hf_path)
     if path.is_dir():
         return path
     reason = "not a directory, and not of the form of a hub id (owner/name)"
     if _HUB_ID.match(str(hf_path)):
         try:
-            return Path(snapshot_download(str(hf_path), allow_patterns=_NEEDED_FILES))
+            return Path(snapshot_download(str(hf_path), allow_patterns=list(patterns)))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = (
                 f"not a directory, and as a hub id it could not be fetched ({type(error).__name__}: {error})"
@@ -39,9 +43,9 @@ def read_architecture(hf_path: str | Path, weights_only: bool = False) -> Archit
 
     Raises ConfigError, naming the file, for other model types and for settings that are not supported.
     ``weights_only``: for converting the weights; settings that only change what is computed with them are
-    then accepted, and left out.
+    then accepted, and left out. Of a hub id, config.json alone is downloaded.
     """
-    path = resolve_model_path(hf_path) / "config.json"
+    path = resolve_model_path(hf_path, ["config.json"]) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
