@@ -32,7 +32,10 @@ INSTALL_REQUIRES = [
 # NVIDIA Apex is not on the package index, where an unrelated project holds its name: it is built from source
 # where wanted (docs/design-notes.md) and nothing requires it.
 EXTRAS_REQUIRE = {
-    "gpu": ["transformer-engine[pytorch]", "triton"],  # torch's CUDA builds bring triton and pin its version
+    "gpu": [
+        "transformer-engine[pytorch]>=1.10",
+        "triton",
+    ],  # torch's CUDA builds bring triton and pin its version
     "sglang": ["sglang"],  # pins its own torch and transformers: give it an environment of its own
     "ray": ["ray>=2.50,<3"],  # the launcher reaches into its list of free resources, which has no public name
     "wandb": ["wandb"],

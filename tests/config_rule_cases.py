@@ -46,6 +46,33 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
+        "packed_sequences_fit",
+        ["parallel.context_parallel_size=4", "train.max_tokens_per_micro_batch=1001"],
+        ["max_tokens_per_micro_batch=1001", "multiple of 8", "set 1000"],
+    ),
+    (
+        RLConfig,
+        "packed_sequences_fit",
+        [
+            "parallel.pipeline_parallel_size=2",
+            "train.max_tokens_per_micro_batch=1000",
+            "data.max_prompt_length=600",
+            "rollout.max_new_tokens=500",
+        ],
+        ["max_tokens_per_micro_batch=1000", "rollout.max_new_tokens = 1100", "set at least 1100"],
+    ),
+    (
+        SFTConfig,
+        "packed_sequences_fit",
+        [
+            "parallel.tensor_parallel_size=4",
+            "parallel.sequence_parallel=true",
+            "train.max_tokens_per_micro_batch=2",
+        ],
+        ["max_tokens_per_micro_batch=2", "multiple of 4", "set 4"],
+    ),
+    (
+        RLConfig,
         "best_checkpoints_need_a_metric",
         ["checkpoint.keep_best=2", "checkpoint.keep_last=1"],
         ["checkpoint:", "keep_best=2", "best_metric"],

@@ -30,10 +30,12 @@ from tests.tiny_models import Family, make_tiny_model
 _CP2 = {"context_parallel_size": 2}
 _EP2 = {"expert_parallel_size": 2}
 _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+_WHOLE = {"overlap_grad_reduce": True, "distributed_optimizer": False}
 _PADDED: dict[str, Any] = {}
 _PACKED = {"max_tokens": 40}  # of sequences with up to 16 tokens
 _ALONE = {"max_tokens": 10}  # many are longer
 _FUSED = {"max_logits_mib": 0}
+_BUCKETS = {"bucket_size": 3000}  # parameters: several in these models
 
 # Processes -> (family, layout, how micro-batches are made and projected). 13 sequences in two mini-batches.
 TABLE: dict[int, list[tuple[Family, dict[str, Any], dict[str, Any]]]] = {
@@ -46,8 +48,10 @@ TABLE: dict[int, list[tuple[Family, dict[str, Any], dict[str, Any]]]] = {
     ],
     2: [
         ("qwen2", {}, {**_PACKED, **_FUSED}),  # DP2
-        ("qwen2", _OVERLAP, _PADDED),
-        ("qwen2", _OVERLAP, {**_PACKED, **_FUSED}),
+        ("qwen2", _OVERLAP, {**_PADDED, **_BUCKETS}),
+        ("qwen2", _WHOLE, {**_PACKED, **_FUSED, **_BUCKETS}),
+        ("qwen2_tied", _OVERLAP, {**_PACKED, **_FUSED, **_BUCKETS}),
+        ("qwen3_moe", _OVERLAP, {**_PACKED, **_BUCKETS}),
         ("qwen2", LAYOUTS["tp2"], {**_PADDED, **_FUSED}),
         ("qwen2", LAYOUTS["tp2_sp"], {**_PACKED, **_FUSED}),
         ("qwen2_tied", LAYOUTS["tp2_sp"], {**_PACKED, **_FUSED}),
@@ -62,7 +66,8 @@ TABLE: dict[int, list[tuple[Family, dict[str, Any], dict[str, Any]]]] = {
         ("qwen3_moe", {**_CP2, **_EP2}, _PACKED),
     ],
     4: [
-        ("qwen2", {**_CP2, **_OVERLAP}, {**_PACKED, **_FUSED}),  # CP2 x DP2
+        ("qwen2", {**_CP2, **_OVERLAP}, {**_PACKED, **_FUSED, **_BUCKETS}),  # CP2 x DP2
+        ("qwen2", {**LAYOUTS["pp2_vpp2"], **_OVERLAP}, {**_PACKED, **_FUSED, **_BUCKETS}),  # x DP2
         ("qwen2", {**_CP2, **LAYOUTS["tp2"]}, _PADDED),
         ("qwen2", {**_CP2, **LAYOUTS["tp2_sp"]}, {**_PACKED, **_FUSED, "recompute": "full"}),
         ("qwen2", {**_CP2, **LAYOUTS["pp2_vpp2"]}, {**_PACKED, **_FUSED}),
@@ -95,7 +100,7 @@ def expected(models: dict[Family, str]) -> dict[Family, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("world", sorted(TABLE))
-@pytest.mark.filterwarnings("ignore:a sequence of")
+@pytest.mark.filterwarnings("ignore:sequences longer than")
 def test_update_equals_plain_torch(
     world: int, models: dict[Family, str], expected: dict[Family, dict[str, Any]], tmp_path: Path
 ) -> None:

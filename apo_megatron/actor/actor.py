@@ -75,7 +75,8 @@ class MegatronActor:
         self.architecture = read_architecture(model_cfg.hf_path)
         self.micro_batch_size = micro_batch_size
         dtype = TORCH_DTYPES[model_cfg.dtype]
-        models = build_policy_model(self.architecture, model_cfg, parallel)
+        packs = micro_batch_size.max_tokens is not None
+        models = build_policy_model(self.architecture, model_cfg, parallel, packs=packs)
         if model_cfg.megatron_path is None:
             load_hf_weights(models, self.architecture, model_cfg.hf_path, parallel)
         else:
@@ -170,7 +171,8 @@ class MegatronActor:
         """
         at_one = replace(self.token_terms, temperature=1.0)
         results = self._forward(make_scoring_batch(token_ids), at_one.log_probs, None)
-        is_speaker = bool(results) and self.parallel.data_rank == self.parallel.tensor_rank == 0
+        place = self.parallel.data_rank, self.parallel.tensor_rank, self.parallel.context_rank
+        is_speaker = bool(results) and not any(place)
         found = results["log_probs"].float().numpy() if is_speaker else None
         flat = next(f for f in all_gather_objects(found, self.parallel) if f is not None)
         return np.split(flat, np.cumsum([len(tokens) - 1 for tokens in token_ids])[:-1])

@@ -22,6 +22,7 @@ from apo_megatron.config import RLConfig, SFTConfig, dump_config
 from apo_megatron.errors import CheckpointError
 from apo_megatron.models.hf_config import resolve_model_path
 from apo_megatron.parallel.collectives import all_gather_objects, any_rank
+from apo_megatron.parallel.dims import ParallelDims
 from apo_megatron.weights.formats.hf_checkpoint import copy_model_files
 from apo_megatron.weights.formats.torch_dist_format import COMMON_FILE, read_chunks
 
@@ -139,7 +140,7 @@ class Checkpointer:
                 f"{folder / STATE_FILE}: damaged ({type(error).__name__}: {error})"
             ) from error
         self._actor.consecutive_skips = state.consecutive_skips
-        same_layout = state.layout == as_json(asdict(self._parallel.dims))
+        same_layout = state.layout == _layout_of(self._parallel.dims)
         if same_layout:
             self._everywhere(lambda: self._restore_random_state(folder))
         else:
@@ -158,7 +159,7 @@ class Checkpointer:
             reference=self._reference,
             metrics=dict(finite),
             settings=as_json(fixed_settings(self._cfg, self._reference)),
-            layout=as_json(asdict(self._parallel.dims)),
+            layout=_layout_of(self._parallel.dims),
             files={},
         )
 
@@ -232,3 +233,11 @@ class Checkpointer:
     def _on_main(self, action: Callable[[], T]) -> T:
         """Call ``action`` on the main rank; its result on every rank, or CheckpointError."""
         return self._everywhere(lambda: action() if self._parallel.is_main else None)[0]  # type: ignore[return-value]
+
+
+def _layout_of(dims: ParallelDims) -> dict[str, Any]:
+    """What the random state of a rank depends on, as JSON can hold it."""
+    axes = asdict(dims)
+    for name in ("overlap_grad_reduce", "overlap_param_gather"):
+        del axes[name]
+    return axes

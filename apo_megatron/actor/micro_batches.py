@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -66,9 +66,11 @@ def split_into_micro_batches(
     Every rank gets the same number (unequal counts hang pipelines), at least one; what is missing is
     padding without trained tokens. No sequence is cut; what follows its last trained token is left out.
     """
+    if not sequences.num_sequences:  # a rank without any: it takes part with padding
+        sequences = _one_untrained_row(sequences)
     is_trained = sequences.loss_mask
     positions = torch.arange(1, is_trained.shape[1] + 1)
-    lengths: list[int] = (is_trained * positions).amax(dim=1).tolist() if len(is_trained) else []
+    lengths: list[int] = (is_trained * positions).amax(dim=1).tolist()
     layouts = (
         _padded_layouts(lengths, size.num_sequences, is_trained.shape[1], parallel)
         if size.max_tokens is None
@@ -88,12 +90,13 @@ def split_into_micro_batches(
 def _padded_layouts(
     lengths: Sequence[int], num_rows: int, width: int, parallel: ParallelContext
 ) -> list[Layout]:
-    """In order, all of one length."""
+    """In order, all of one shape."""
     count = _equal_count(-(-len(lengths) // num_rows), parallel)
+    num_rows = -(-len(lengths) // count)
     length = max([1, *lengths])
-    if _exchanges_tokens(parallel.dims):
-        length = all_reduce_max(length, parallel)
-    length = round_up(length, _multiple_of_micro_batch(parallel.dims))
+    if _needs_equal_tokens(parallel):
+        num_rows, length = all_reduce_max(num_rows, parallel), all_reduce_max(length, parallel)
+    length = round_up(length, parallel.dims.token_multiple)
     rows = range(len(lengths))
     return [
         padded_layout(rows[i * num_rows : (i + 1) * num_rows], lengths, num_rows, length, width)
@@ -105,22 +108,23 @@ def _packed_layouts(
     lengths: Sequence[int], max_tokens: int, width: int, parallel: ParallelContext
 ) -> list[Layout]:
     dims = parallel.dims
-    multiple, whole = _multiple_of_sequence(dims), _multiple_of_micro_batch(dims)
-    capacity = max(max_tokens // whole, 1) * whole
+    multiple, whole = _sequence_multiple(dims), dims.token_multiple
+    assert max_tokens % whole == 0, f"max_tokens={max_tokens} is no multiple of {whole}"
     padded = [round_up(length, multiple) for length in lengths]
     speaks = parallel.tensor_rank == parallel.context_rank == parallel.pipeline_rank == 0
-    if speaks and max(padded, default=0) > capacity:
-        warnings.warn(
-            f"a sequence of {max(lengths)} tokens is longer than train.max_tokens_per_micro_batch="
-            f"{max_tokens}: such sequences run alone and need more memory",
+    if speaks and max(padded) > max_tokens:
+        warnings.warn(  # the same words each time, so that Python says them once
+            f"sequences longer than train.max_tokens_per_micro_batch={max_tokens} run alone and need more "
+            "memory",
             stacklevel=2,
         )
-    count = _equal_count(len(pack(padded, capacity)), parallel)
-    bins = pack_into(padded, capacity, count)
+    count = _equal_count(len(pack(padded, max_tokens)), parallel)
+    bins = [[row for row in part if lengths[row]] for part in pack_into(padded, max_tokens, count)]
     sizes = [round_up(max(1, sum(padded[row] for row in part)), whole) for part in bins]
-    if dims.pipeline > 1 or _exchanges_tokens(dims):  # one shape for all
-        longest = max(sizes)
-        sizes = [all_reduce_max(longest, parallel) if _exchanges_tokens(dims) else longest] * count
+    if _needs_equal_tokens(parallel):
+        sizes = [all_reduce_max(max(sizes), parallel)] * count
+    elif dims.pipeline > 1:  # stages exchange hidden states of one shape
+        sizes = [max(sizes)] * count
     return [
         packed_layout(part, lengths, multiple, length, width)
         for part, length in zip(bins, sizes, strict=True)
@@ -134,14 +138,18 @@ def _equal_count(needed: int, parallel: ParallelContext) -> int:
     return count
 
 
-def _exchanges_tokens(dims: ParallelDims) -> bool:
-    """Whether ranks gather the tokens of others for their experts, and so need equally many."""
-    return dims.expert * dims.expert_tensor > 1
+def _needs_equal_tokens(parallel: ParallelContext) -> bool:
+    """Whether ranks gather the tokens of others for their experts: on a CPU (models/expert_config.py)."""
+    return parallel.dims.expert * parallel.dims.expert_tensor > 1 and parallel.device.type == "cpu"
 
 
-def _multiple_of_sequence(dims: ParallelDims) -> int:
+def _one_untrained_row(sequences: MicroBatch) -> MicroBatch:
+    tensors = {f.name: getattr(sequences, f.name) for f in fields(sequences)}
+    return sequences.with_fields(
+        **{name: None if t is None else t.new_zeros((1, *t.shape[1:])) for name, t in tensors.items()}
+    )
+
+
+def _sequence_multiple(dims: ParallelDims) -> int:
+    """Context-parallel ranks have two equal chunks of every sequence."""
     return 2 * dims.context if dims.context > 1 else 1
-
-
-def _multiple_of_micro_batch(dims: ParallelDims) -> int:
-    return _multiple_of_sequence(dims) * (dims.tensor if dims.sequence_parallel else 1)

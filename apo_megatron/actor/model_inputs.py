@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apo_megatron.models.packed_sequences import PackedSequences, context_positions
+from apo_megatron.models.packed_sequences import HOST_FIELDS, PackedSequences, context_positions
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.types import MicroBatch, TrainedTokens
 
@@ -58,6 +58,8 @@ def _moved(values: Any, device: torch.device) -> Any:
     moved: dict[str, Any] = {}
     for item in fields(values):
         value = getattr(values, item.name)
+        if item.name in HOST_FIELDS:
+            continue
         if isinstance(value, Tensor):
             # Pinned, or the host would wait here for all that the device has been given to do.
             moved[item.name] = value.pin_memory().to(device, non_blocking=True)

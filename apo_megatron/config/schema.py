@@ -69,7 +69,9 @@ class ParallelConfig(Section):
         False, description="Reduce gradients over data parallel while the last backward goes on."
     )
     overlap_param_gather: bool = Field(
-        False, description="Gather updated weights while the next forward goes on; needs both of the above."
+        False,
+        description="Gather updated weights while the next forward goes on; needs distributed_optimizer and "
+        "overlap_grad_reduce.",
     )
     timeout_minutes: PositiveFloat = Field(30.0, description="Time-out of a collective.")
 
@@ -90,7 +92,7 @@ class ParallelConfig(Section):
             found = f"{self.distributed_optimizer} and {self.overlap_grad_reduce}".lower()
             return (
                 "overlap_param_gather=true needs distributed_optimizer=true and overlap_grad_reduce=true, "
-                f"found {found}: set both, or none"
+                f"found {found}: set both to true, or overlap_param_gather=false"
             )
         return None
 
@@ -369,6 +371,28 @@ def _warmup_problem(optimizer: OptimizerConfig, num_updates: int) -> str | None:
     )
 
 
+def _packing_problem(
+    parallel: ParallelConfig, max_tokens: int | None, longest: int, names: str
+) -> str | None:
+    """``longest``: tokens of the longest sequence, the sum of the fields ``names``."""
+    if max_tokens is None:
+        return None
+    multiple = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
+    multiple *= parallel.tensor_parallel_size if parallel.sequence_parallel else 1
+    field = f"train.max_tokens_per_micro_batch={max_tokens}"
+    if max_tokens % multiple:
+        return (
+            f"{field} must be a multiple of {multiple}, so that context and sequence parallel ranks have "
+            f"equally many tokens: set {max(max_tokens // multiple, 1) * multiple}"
+        )
+    if max_tokens < longest and parallel.pipeline_parallel_size > 1:
+        return (
+            f"{field} is less than the longest sequence ({names} = {longest}): under pipeline parallelism "
+            f"one such makes all micro-batches as long; set at least {-(-longest // multiple) * multiple}"
+        )
+    return None
+
+
 class RLConfig(Section):
     """``python -m apo_megatron.train``."""
 
@@ -423,6 +447,17 @@ class RLConfig(Section):
         )
 
     @rule
+    def packed_sequences_fit(self) -> str | None:
+        """`train.max_tokens_per_micro_batch` must be a multiple of 2 x CP (x TP with SP), and hold
+        the longest prompt and response where `parallel.pipeline_parallel_size` > 1."""
+        return _packing_problem(
+            self.parallel,
+            self.train.max_tokens_per_micro_batch,
+            self.data.max_prompt_length + self.rollout.max_new_tokens,
+            "data.max_prompt_length + rollout.max_new_tokens",
+        )
+
+    @rule
     def mini_batches_are_not_empty(self) -> str | None:
         """`train.num_mini_batches` must not exceed `data.prompts_per_step` x `rollout.group_size`."""
         num_samples = self.data.prompts_per_step * self.rollout.group_size
@@ -450,6 +485,14 @@ class SFTConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @rule
+    def packed_sequences_fit(self) -> str | None:
+        """`train.max_tokens_per_micro_batch` must be a multiple of 2 x CP (x TP with SP), and hold
+        `data.max_length` where `parallel.pipeline_parallel_size` > 1."""
+        return _packing_problem(
+            self.parallel, self.train.max_tokens_per_micro_batch, self.data.max_length, "data.max_length"
+        )
 
     @rule
     def no_best_checkpoints(self) -> str | None:

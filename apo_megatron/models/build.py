@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import cast
+
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
@@ -17,6 +21,7 @@ from apo_megatron.config.schema import ModelConfig
 from apo_megatron.errors import ConfigError
 from apo_megatron.models.layout import padded_vocab_size
 from apo_megatron.models.local_modules import use_local_modules
+from apo_megatron.models.packed_sequences import HOST_FIELDS
 from apo_megatron.models.policy_model import PolicyModel
 from apo_megatron.models.transformer_config import build_transformer_config
 from apo_megatron.parallel.state import ParallelContext
@@ -24,14 +29,15 @@ from apo_megatron.weights.architecture import Architecture, Llama3RopeScaling
 
 
 def build_policy_model(
-    architecture: Architecture, cfg: ModelConfig, parallel: ParallelContext
+    architecture: Architecture, cfg: ModelConfig, parallel: ParallelContext, *, packs: bool = False
 ) -> list[PolicyModel]:
     """This rank's model chunks, one per virtual pipeline stage, on its device, weights at random.
 
-    Parameters are in ``cfg.dtype`` without any wrapper; the caller adds DistributedDataParallel. Raises
-    ConfigError where model, mesh and layer implementation do not fit together.
+    Parameters are in ``cfg.dtype`` without any wrapper; the caller adds DistributedDataParallel. ``packs``:
+    whether it will be given packed sequences. Raises ConfigError where model, mesh and layer implementation
+    do not fit together.
     """
-    use_transformer_engine = _use_transformer_engine(cfg, parallel.device)
+    use_transformer_engine = _use_transformer_engine(architecture, cfg, parallel, packs)
     config = build_transformer_config(
         architecture, cfg, parallel.dims, parallel.device, use_transformer_engine
     )
@@ -63,6 +69,7 @@ def build_policy_model(
             max_logits_bytes=cfg.max_logits_mib * 2**20,
         )
         _mark_experts(chunk)
+        _adapt_to_packing(chunk)
         chunks.append(chunk.to(parallel.device))
     return chunks
 
@@ -79,14 +86,37 @@ def _mark_experts(chunk: torch.nn.Module) -> None:
             parameter.allreduce = False  # type: ignore[attr-defined]
 
 
-def _use_transformer_engine(cfg: ModelConfig, device: torch.device) -> bool:
-    available = HAVE_TE and device.type != "cpu"
-    if cfg.transformer_impl == "transformer_engine" and not available:
-        raise ConfigError(
-            f"model.transformer_impl=transformer_engine needs a GPU and TransformerEngine; found "
-            f"device {device.type}, TransformerEngine {'present' if HAVE_TE else 'absent'}. Use auto or local"
+def _adapt_to_packing(chunk: torch.nn.Module) -> None:
+    """Two habits of Megatron's that packed sequences make expensive."""
+    for module in chunk.modules():
+        if isinstance(module, RotaryEmbedding):
+            # Its cache would keep a table for each of the last 32 longest lengths: gigabytes. They are quick
+            # to make.
+            module.forward = partial(type(module).forward.__wrapped__, module)
+        elif hasattr(module, "kept_packed_seq_params"):
+            # TransformerEngine's attention: what PackedSequences has for the rotary embedding only.
+            cast(set[str], module.kept_packed_seq_params).difference_update(HOST_FIELDS)
+
+
+def _use_transformer_engine(
+    architecture: Architecture, cfg: ModelConfig, parallel: ParallelContext, packs: bool
+) -> bool:
+    problem = None
+    if not HAVE_TE or parallel.device.type == "cpu":
+        problem = (
+            f"needs a GPU and TransformerEngine; found device {parallel.device.type}, TransformerEngine "
+            f"{'present' if HAVE_TE else 'absent'}"
         )
-    return available and cfg.transformer_impl != "local"
+    elif cfg.dtype == "float32" and (packs or parallel.dims.context > 1):
+        problem = (
+            "has no attention in float32 for packed sequences (train.max_tokens_per_micro_batch) or context "
+            "parallelism: set model.dtype=bfloat16"
+        )
+    elif architecture.latent_attention is not None and parallel.dims.context > 1:
+        problem = "has no latent attention for context parallelism"
+    if problem is not None and cfg.transformer_impl == "transformer_engine":
+        raise ConfigError(f"model.transformer_impl=transformer_engine {problem}. Use auto or local")
+    return problem is None and cfg.transformer_impl != "local"
 
 
 def _layer_spec(

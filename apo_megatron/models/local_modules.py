@@ -87,7 +87,7 @@ class SDPACoreAttention(torch.nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
         if self.context_size > 1:
-            order = _order_of_gathered(lengths, self.context_size)
+            order = _order_of_gathered(lengths, self.context_size, key.device)
             key, value = (
                 gather_from_sequence_parallel_region(tensor, group=self.context_group)[order]
                 for tensor in (key, value)
@@ -134,10 +134,10 @@ class SDPACoreAttention(torch.nn.Module):
 
 
 @lru_cache(maxsize=4)
-def _order_of_gathered(lengths: tuple[int, ...], world: int) -> Tensor:
+def _order_of_gathered(lengths: tuple[int, ...], world: int, device: torch.device) -> Tensor:
     """Where each position of the sequences lies in what is gathered from all context-parallel ranks."""
     gathered = np.concatenate([context_positions(lengths, rank, world) for rank in range(world)])
-    return torch.from_numpy(np.argsort(gathered))
+    return torch.from_numpy(np.argsort(gathered)).to(device)
 
 
 class ReplicatedLinear(torch.nn.Module):

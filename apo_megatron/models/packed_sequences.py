@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+HOST_FIELDS = ("cu_seqlens_q_padded", "cu_seqlens_kv_padded")  # of PackedSequences
+
 
 @dataclass
 class PackedSequences(PackedSeqParams):
@@ -20,11 +22,16 @@ class PackedSequences(PackedSeqParams):
     def of_lengths(lengths: Sequence[int]) -> PackedSequences:
         """Of sequences with ``lengths`` tokens each."""
         ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+        # Else Megatron would take the rotary table for one of all sequences together.
+        assert max(lengths) < sum(lengths) or len(lengths) == 1
         longest = max(lengths)
         return PackedSequences(
             qkv_format="thd",
             cu_seqlens_q=ends,
             cu_seqlens_kv=ends,
+            # Only the rotary embedding reads these, as a list, in every layer: they stay in host memory.
+            cu_seqlens_q_padded=ends,
+            cu_seqlens_kv_padded=ends,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             lengths=tuple(lengths),

@@ -42,6 +42,11 @@ class ParallelDims:
     def data(self) -> int:
         return self.world // self.model
 
+    @property
+    def token_multiple(self) -> int:
+        """What the tokens of a micro-batch must be a multiple of, for its ranks to have equally many."""
+        return (2 * self.context if self.context > 1 else 1) * (self.tensor if self.sequence_parallel else 1)
+
     @staticmethod
     def from_config(cfg: ParallelConfig, world: int) -> ParallelDims:
         """Raises ConfigError where the axes do not divide the number of processes."""

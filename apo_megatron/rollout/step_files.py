@@ -78,8 +78,8 @@ def gather_pulled(
     {} where the loss has no pull. Collective; a data rank's share is a bit for each of its trained tokens.
     """
     share = None
-    # Tensor ranks have the same bits.
-    if batch.pulled and parallel.tensor_rank == 0:
+    # Tensor and context ranks have the same bits.
+    if batch.pulled and parallel.tensor_rank == parallel.context_rank == 0:
         share = batch.rows, np.packbits(torch.cat(batch.pulled).cpu().numpy()).tobytes()
     lengths = [len(sample.completion.token_ids) for _, sample in trained_samples(groups)]
     found: dict[int, np.ndarray] = {}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 
 from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.actor.micro_batches import MicroBatchSize
@@ -28,19 +31,11 @@ def run_cases(payload: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelContext) -> dict[str, Any]:
-    actor = MegatronActor(
-        ModelConfig(
-            hf_path=case.get("model_path", payload["model_path"]),
-            dtype=case.get("dtype", "float32"),
-            make_vocab_size_divisible_by=8,
-            recompute=case.get("recompute", "none"),
-            max_logits_mib=case.get("max_logits_mib", 1024),
-        ),
-        OptimizerConfig(**payload["optimizer"]),
-        parallel,
-        micro_batch_size=MicroBatchSize(case["micro_batch_size"], case.get("max_tokens")),
-        num_updates=10,
-    )
+    with mock.patch(  # small buckets, so that tiny models have several
+        "apo_megatron.actor.actor.DistributedDataParallelConfig",
+        partial(DistributedDataParallelConfig, bucket_size=case.get("bucket_size")),
+    ):
+        actor = _actor_of(payload, case, parallel)
     objective = build_objective(ObjectiveConfig(**case["objective"]))
     sequences = [
         TrainingSequence(
@@ -71,3 +66,19 @@ def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelC
         "grad_norms": [update["grad_norm"] for update in updates],
         "parameters": parameters if torch.distributed.get_rank() == 0 else {},
     }
+
+
+def _actor_of(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelContext) -> MegatronActor:
+    return MegatronActor(
+        ModelConfig(
+            hf_path=case.get("model_path", payload["model_path"]),
+            dtype=case.get("dtype", "float32"),
+            make_vocab_size_divisible_by=8,
+            recompute=case.get("recompute", "none"),
+            max_logits_mib=case.get("max_logits_mib", 1024),
+        ),
+        OptimizerConfig(**payload["optimizer"]),
+        parallel,
+        micro_batch_size=MicroBatchSize(case["micro_batch_size"], case.get("max_tokens")),
+        num_updates=10,
+    )
