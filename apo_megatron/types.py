@@ -1,6 +1,6 @@
 """The data that flows through one training step, with shapes written at the fields.
 
-Prompt -> Completion -> Sample -> SampleGroup -> Batch (padded tensors) -> MicroBatch.
+Prompt -> Completion -> Sample -> SampleGroup -> Batch of PaddedSequences -> TrainedTokens of a micro-batch.
 Index t of every [B, S] tensor is the logit position that predicts ``targets[:, t]``; the shift from
 tokens to targets happens once, in ``data/collate.py``.
 
@@ -66,7 +66,7 @@ class SampleGroup:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class PaddedSequences:
     """Right-padded sequences, in host memory. Optional fields are filled by the actor's passes."""
 
     tokens: torch.Tensor  # [B, S] int64
@@ -87,12 +87,12 @@ class MicroBatch:
     def num_sequences(self) -> int:
         return self.tokens.shape[0]
 
-    def select(self, rows: torch.Tensor) -> MicroBatch:
+    def select(self, rows: torch.Tensor) -> PaddedSequences:
         """The sequences at ``rows`` [n] int64, in that order."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return self.with_fields(**{name: None if t is None else t[rows] for name, t in tensors.items()})
 
-    def with_fields(self, **values: torch.Tensor | None) -> MicroBatch:
+    def with_fields(self, **values: torch.Tensor | None) -> PaddedSequences:
         """A copy with some fields replaced."""
         return replace(self, **values)  # type: ignore[arg-type]
 
@@ -107,7 +107,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class TrainedTokens:
-    """Trained response tokens of a micro-batch, each [T] as the field of the same name of MicroBatch."""
+    """Trained response tokens of a micro-batch, each [T] as the field of the same name of PaddedSequences."""
 
     sequence_ids: torch.Tensor  # [T] int64, which sequence the token belongs to
     targets: torch.Tensor

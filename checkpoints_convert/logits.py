@@ -20,7 +20,7 @@ from apo_megatron.models.transformer_config import TORCH_DTYPES
 from apo_megatron.parallel.collectives import all_gather_objects, broadcast_from_main
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.parallel.vocab import VocabShard
-from apo_megatron.types import MicroBatch, TrainedTokens
+from apo_megatron.types import PaddedSequences, TrainedTokens
 from apo_megatron.weights.load import load_megatron_weights
 
 PROMPT_LENGTHS = (16, 5, 11, 1)
@@ -97,11 +97,11 @@ def _transformers_logits(hf_path: str | Path, prompts: list[np.ndarray], cfg: Mo
     return torch.cat(rows)
 
 
-def _as_sequences(prompts: list[np.ndarray]) -> MicroBatch:
+def _as_sequences(prompts: list[np.ndarray]) -> PaddedSequences:
     shape = (len(prompts), max(PROMPT_LENGTHS))
     tokens, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = torch.from_numpy(prompt)
         mask[row, : len(prompt)] = True
     zeros = torch.zeros(shape)
-    return MicroBatch(tokens, torch.zeros_like(tokens), mask, advantages=zeros, loss_weights=zeros)
+    return PaddedSequences(tokens, torch.zeros_like(tokens), mask, advantages=zeros, loss_weights=zeros)

@@ -49,7 +49,7 @@ from apo_megatron.parallel.collectives import (
 )
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.parallel.vocab import VocabShard
-from apo_megatron.types import MicroBatch
+from apo_megatron.types import PaddedSequences
 from apo_megatron.weights.load import load_hf_weights, load_megatron_weights
 from apo_megatron.weights.source import WeightSource
 
@@ -177,7 +177,9 @@ class MegatronActor:
         flat = next(f for f in all_gather_objects(found, self.parallel) if f is not None)
         return np.split(flat, np.cumsum([len(tokens) - 1 for tokens in token_ids])[:-1])
 
-    def attach_old_log_probs(self, sequences: MicroBatch, progress: Progress | None = None) -> MicroBatch:
+    def attach_old_log_probs(
+        self, sequences: PaddedSequences, progress: Progress | None = None
+    ) -> PaddedSequences:
         """Fill ``old_log_probs`` with the log-probs under the current weights (on the last stage)."""
         results = self._forward(sequences, self.token_terms.log_probs, progress)
         if not results:
@@ -186,7 +188,7 @@ class MegatronActor:
             old_log_probs=_at_tokens(results["log_probs"], sequences.loss_mask, fill=0.0)
         )
 
-    def measure_mismatch(self, sequences: MicroBatch, objective: Objective) -> dict[str, float]:
+    def measure_mismatch(self, sequences: PaddedSequences, objective: Objective) -> dict[str, float]:
         """How far the engine that drew ``sequences`` is from the old policy, over all their trained tokens.
 
         For sequences whose ``old_log_probs`` this actor attached; metrics of ``objectives/mismatch.py``.
@@ -203,8 +205,8 @@ class MegatronActor:
         return self._reduce(sums, sum_over_data_parallel)
 
     def attach_reference(
-        self, sequences: MicroBatch, objective: Objective, progress: Progress | None = None
-    ) -> tuple[MicroBatch, dict[str, float]]:
+        self, sequences: PaddedSequences, objective: Objective, progress: Progress | None = None
+    ) -> tuple[PaddedSequences, dict[str, float]]:
         """Fill the reference fields that ``objective`` needs; call it with the reference weights in place.
 
         Only sequences with a token of negative advantage go through the model, unless the objective
@@ -242,7 +244,7 @@ class MegatronActor:
 
     def update(
         self,
-        mini_batch: MicroBatch,
+        mini_batch: PaddedSequences,
         objective: Objective,
         progress: Progress | None = None,
         take_pulled: Callable[[Tensor], None] | None = None,
@@ -302,7 +304,7 @@ class MegatronActor:
         }
 
     def _forward(
-        self, sequences: MicroBatch, function: TokenFunction, progress: Progress | None
+        self, sequences: PaddedSequences, function: TokenFunction, progress: Progress | None
     ) -> dict[str, Tensor]:
         """Results of all trained tokens in host memory, in the order of the sequences."""
         micro_batches = split_into_micro_batches(sequences, self.micro_batch_size, self.parallel)
@@ -333,7 +335,7 @@ def _finalize_without_rescaling(model: list[torch.nn.Module], _num_tokens: objec
     finalize_model_grads(model, None, **kwargs)
 
 
-def _reference_metrics(results: dict[str, Tensor], sequences: MicroBatch) -> dict[str, TokenMetric]:
+def _reference_metrics(results: dict[str, Tensor], sequences: PaddedSequences) -> dict[str, TokenMetric]:
     """What the reference pass alone can tell, on tokens with A < 0, so that nothing of it need be kept.
 
     ``kl_old_to_reference``: k3 of KL(pi_old || pi_ref), of the policy that drew the samples.

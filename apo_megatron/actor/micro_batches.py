@@ -22,7 +22,7 @@ from apo_megatron.data.packing import pack, pack_into
 from apo_megatron.parallel.collectives import all_reduce_max
 from apo_megatron.parallel.dims import ParallelDims
 from apo_megatron.parallel.state import ParallelContext
-from apo_megatron.types import MicroBatch
+from apo_megatron.types import PaddedSequences
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class MicroBatches:
 
 
 def split_into_micro_batches(
-    sequences: MicroBatch, size: MicroBatchSize, parallel: ParallelContext
+    sequences: PaddedSequences, size: MicroBatchSize, parallel: ParallelContext
 ) -> MicroBatches:
     """Micro-batches of all ``sequences``. Collective over all ranks.
 
@@ -143,7 +143,7 @@ def _needs_equal_tokens(parallel: ParallelContext) -> bool:
     return parallel.dims.expert * parallel.dims.expert_tensor > 1 and parallel.device.type == "cpu"
 
 
-def _one_untrained_row(sequences: MicroBatch) -> MicroBatch:
+def _one_untrained_row(sequences: PaddedSequences) -> PaddedSequences:
     tensors = {f.name: getattr(sequences, f.name) for f in fields(sequences)}
     return sequences.with_fields(
         **{name: None if t is None else t.new_zeros((1, *t.shape[1:])) for name, t in tensors.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apo_megatron.models.packed_sequences import HOST_FIELDS, PackedSequences, context_positions
 from apo_megatron.parallel.state import ParallelContext
-from apo_megatron.types import MicroBatch, TrainedTokens
+from apo_megatron.types import PaddedSequences, TrainedTokens
 
 PADDING = -1
 
@@ -101,7 +101,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def make_model_input(
-    sequences: MicroBatch, layout: Layout, parallel: ParallelContext
+    sequences: PaddedSequences, layout: Layout, parallel: ParallelContext
 ) -> tuple[ModelInput, Tensor]:
     """This rank's part of ``layout``, and where its trained tokens [T] lie in the flattened sequences.
 

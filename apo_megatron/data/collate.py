@@ -17,7 +17,7 @@ from apo_megatron.data.packing import deal
 from apo_megatron.objectives.aggregation import sequence_weights
 from apo_megatron.objectives.objective import ReferenceScope
 from apo_megatron.parallel.state import ParallelContext
-from apo_megatron.types import MicroBatch, Sample, SampleGroup
+from apo_megatron.types import PaddedSequences, Sample, SampleGroup
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Batch:
     """One step's sequences of this data rank, divided into mini-batches (one optimizer update each)."""
 
     # [N, S], mini-batch after mini-batch, in host memory; the actor's passes fill its fields
-    sequences: MicroBatch
+    sequences: PaddedSequences
     mini_batch_sizes: tuple[int, ...]  # of this rank; sums to N
     num_wrong: int  # of these sequences have A < 0
     rows: list[int]  # [N], which of the step's trained sequences these are
@@ -51,7 +51,7 @@ class Batch:
         """Sequences of this rank that a reference pass of that scope looks at."""
         return {"none": 0, "wrong": self.num_wrong, "all": self.num_sequences}[reference_scope]
 
-    def mini_batches(self) -> list[MicroBatch]:
+    def mini_batches(self) -> list[PaddedSequences]:
         """The share of this rank in each mini-batch (possibly empty)."""
         rows = torch.arange(self.sequences.num_sequences)
         return [self.sequences.select(part) for part in rows.split(list(self.mini_batch_sizes))]
@@ -118,7 +118,7 @@ def make_batch(
     elif objective.old_log_probs == "rollout":
         padded["old_log_probs"] = padded["rollout_log_probs"]
     return Batch(
-        sequences=MicroBatch(**padded),
+        sequences=PaddedSequences(**padded),
         mini_batch_sizes=tuple(len(part) for part in mine),
         num_wrong=sum(sequences[row].advantage < 0 for row in rows),
         rows=rows,
@@ -130,13 +130,13 @@ def _share_of_rank(lengths: Sequence[int], parallel: ParallelContext) -> torch.T
     return torch.tensor(deal(lengths, parallel.dims.data)[parallel.data_rank], dtype=torch.int64)
 
 
-def make_scoring_batch(token_ids: Sequence[np.ndarray]) -> MicroBatch:
+def make_scoring_batch(token_ids: Sequence[np.ndarray]) -> PaddedSequences:
     """All of the sequences on every rank, each [L] int with L >= 2; the mask covers tokens 1..L-1."""
     assert token_ids and all(len(tokens) >= 2 for tokens in token_ids), "a first token has no log-prob"
     sequences = [TrainingSequence(tokens, prompt_length=1) for tokens in token_ids]
     padded = _pad(sequences, [0.0] * len(sequences))
     padded.pop("rollout_log_probs")
-    return MicroBatch(**padded)
+    return PaddedSequences(**padded)
 
 
 def _pad(sequences: list[TrainingSequence], weights: list[float]) -> dict[str, torch.Tensor]:
