@@ -78,9 +78,10 @@ def _cases(world: int) -> list[dict[str, Any]]:
     for name in WORLDS[world]:
         # First those with the distributed optimizer, then those without: each change of layout makes new
         # process groups, whose threads stay.
-        for number, (loss, aggregation) in sorted(
-            enumerate(itertools.product(LOSSES, AGGREGATIONS)), key=lambda item: item[0] % 2
-        ):
+        # Every second pair of the two on several processes, all of them on one.
+        pairs = list(itertools.product(LOSSES, AGGREGATIONS))
+        pairs = pairs if world == 1 else [pair for i, pair in enumerate(pairs) if (i // 3 + i % 3) % 2 == 0]
+        for number, (loss, aggregation) in sorted(enumerate(pairs), key=lambda item: item[0] % 2):
             cases.append(
                 {
                     "name": f"{world}:{name}:{loss}:{aggregation}",
