@@ -33,6 +33,7 @@ from apo_megatron.config.schema import ModelConfig, OptimizerConfig
 from apo_megatron.data.collate import make_scoring_batch
 from apo_megatron.models.build import build_policy_model
 from apo_megatron.models.hf_config import read_architecture
+from apo_megatron.models.policy_model import PolicyModel
 from apo_megatron.models.transformer_config import TORCH_DTYPES
 from apo_megatron.objectives.diagnostics import MetricSums
 from apo_megatron.objectives.interface import TokenMetric
@@ -47,6 +48,7 @@ from apo_megatron.parallel.collectives import (
     sum_over_data_and_context_parallel,
     sum_over_data_parallel,
 )
+from apo_megatron.parallel.dims import ParallelDims
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.parallel.vocab import VocabShard
 from apo_megatron.types import PaddedSequences
@@ -82,23 +84,7 @@ class MegatronActor:
         else:
             load_megatron_weights(models, self.architecture, model_cfg.megatron_path, parallel)
         self.config = models[0].config
-        dims = parallel.dims
-        ddp_cfg = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=dims.distributed_optimizer,
-            overlap_grad_reduce=dims.overlap_grad_reduce,
-            overlap_param_gather=dims.overlap_param_gather,
-        )
-        self.model_chunks = [
-            # Reducing the later chunks of a stage overlaps with computing the earlier ones anyway.
-            DistributedDataParallel(self.config, ddp_cfg, model, disable_bucketing=number > 0)
-            for number, model in enumerate(models)
-        ]
-        # The loss is already divided by the denominators of the whole mini-batch.
-        self.config.finalize_model_grads_func = _finalize_without_rescaling
-        if dims.overlap_grad_reduce:
-            no_sync = [chunk.no_sync for chunk in self.model_chunks]
-            self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        self.model_chunks = _data_parallel_chunks(models, parallel.dims)
         self._optimizer = build_optimizer(
             optimizer_cfg, self.model_chunks, dtype, parallel.dims.distributed_optimizer
         )
@@ -115,7 +101,7 @@ class MegatronActor:
             ),
             temperature,
             # Megatron starts reducing when autograd hands it the last gradient of a bucket.
-            gradient_in_place=not dims.overlap_grad_reduce,
+            gradient_in_place=not parallel.dims.overlap_grad_reduce,
         )
         self.consecutive_skips = self.most_consecutive_skips = 0  # updates that were not finite
         self._weights_are_complete = True
@@ -329,6 +315,28 @@ class MegatronActor:
             for chunk in self.model_chunks
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
         )
+
+
+def _data_parallel_chunks(models: Sequence[PolicyModel], dims: ParallelDims) -> list[DistributedDataParallel]:
+    """The chunks of this stage with fp32 gradient buffers, reduced over the ranks that have other tokens."""
+    cfg = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=dims.distributed_optimizer,
+        overlap_grad_reduce=dims.overlap_grad_reduce,
+        overlap_param_gather=dims.overlap_param_gather,
+    )
+    config = models[0].config
+    chunks = [
+        # Reducing the later chunks of a stage overlaps with computing the earlier ones anyway.
+        DistributedDataParallel(config, cfg, model, disable_bucketing=number > 0)
+        for number, model in enumerate(models)
+    ]
+    # The loss is already divided by the denominators of the whole mini-batch.
+    config.finalize_model_grads_func = _finalize_without_rescaling
+    if dims.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return chunks
 
 
 def _finalize_without_rescaling(model: list[torch.nn.Module], _num_tokens: object, **kwargs: object) -> None:
