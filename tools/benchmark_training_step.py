@@ -30,7 +30,7 @@ from apo_megatron.models.transformer_config import TORCH_DTYPES
 from apo_megatron.objectives.objective import build_objective, supervised_objective
 from apo_megatron.parallel.collectives import broadcast_from_main
 from apo_megatron.parallel.state import ParallelContext, init_parallel
-from tools.measurement import MIB, Operation, measure_in_turn, run_ranks
+from tools.measurement import CLOCKS, MIB, Operation, add_clock_option, measure_in_turn, run_ranks
 from tools.random_model import write_random_model
 
 CROSS_ENTROPY, GRPO, APO = "update, cross-entropy", "update, GRPO", "update, APO"
@@ -97,12 +97,12 @@ def operations(
     with_reference, _ = actor.attach_reference(with_old, apo)
     wrong = batch.select((batch.advantages < 0).any(dim=1).nonzero().squeeze(1))
 
-    def operation(name: str, function: Callable[[], object], **flags: bool) -> Operation:
+    def operation(name: str, function: Callable[[], object], is_yardstick: bool = False) -> Operation:
         def forward() -> tuple[()]:
             function()
             return ()
 
-        return Operation(name, forward, **flags)
+        return Operation(name, forward, is_yardstick=is_yardstick)
 
     actor.update(with_old, grpo)  # the first one makes the optimizer's state
     return [
@@ -124,7 +124,7 @@ def measure_this_world(options: argparse.Namespace) -> list[Measurement]:
         actor = make_actor(folder, options, parallel)
         sequences = make_sequences(options)
         chosen = operations(actor, sequences, parallel)
-        results = measure_in_turn(chosen, options.repetitions, parallel)
+        results = measure_in_turn(chosen, options.repetitions, parallel, CLOCKS[options.clock])
         torch.distributed.barrier()  # the folder is the main rank's
     of_all = sum(len(sequence.token_ids) for sequence in sequences)
     of_wrong = sum(len(sequence.token_ids) for sequence in sequences if sequence.advantage < 0)
@@ -203,6 +203,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("threads", 1),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    add_clock_option(parser)
     parser.add_argument("--wrong-share", type=float, default=0.5, help="of the sequences, default: 0.5")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two repetitions")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there, too")

@@ -26,7 +26,7 @@ import torch
 
 from apo_megatron.config.schema import ParallelConfig
 from apo_megatron.parallel.state import init_parallel
-from tools.measurement import DTYPES, MIB, measure_in_turn, run_ranks
+from tools.measurement import CLOCKS, DTYPES, MIB, add_clock_option, measure_in_turn, run_ranks
 from tools.memory_curve import CURVE_LENGTHS, curve_table, draw_curve, measure_curve
 from tools.vocab_operations import Case, head_operations, logit_operations
 
@@ -58,11 +58,11 @@ class Measurement:
 
 
 def measure(
-    part: str, size: str, dtype: str, case: Case, repetitions: int, only: Sequence[str]
+    part: str, size: str, dtype: str, case: Case, options: argparse.Namespace
 ) -> Iterator[Measurement]:
-    """The operations of a part whose names contain one of ``only``, on one case."""
-    operations = [op for op in PARTS[part](case) if any(word in op.name for word in only)]
-    results = measure_in_turn(operations, repetitions, case.parallel)
+    """The operations of a part on one case."""
+    operations = [op for op in PARTS[part](case) if any(word in op.name for word in options.only)]
+    results = measure_in_turn(operations, options.repetitions, case.parallel, CLOCKS[options.clock])
     for operation, result in zip(operations, results, strict=True):
         yield Measurement(
             part=part,
@@ -127,7 +127,7 @@ def measure_this_world(options: argparse.Namespace) -> list[Measurement]:
             for k in options.top_k:
                 case = Case.make(num_rows, vocab_size, options.hidden_size, k, DTYPES[dtype], parallel)
                 for part in options.parts:
-                    found += measure(part, size, dtype, case, options.repetitions, options.only)
+                    found += measure(part, size, dtype, case, options)
                     if parallel.is_main:
                         print(f"measured {part} {size} {dtype} K={k} p={parallel.world}", file=sys.stderr)
     return found
@@ -145,6 +145,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-k", nargs="+", type=int, default=[8], metavar="K", help="default: 8")
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="operations named like that")
     parser.add_argument("--repetitions", type=int, default=5)
+    add_clock_option(parser)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per rank, default: 1")
     parser.add_argument("--quick", action="store_true", help="one small size, two repetitions")
     parser.add_argument("--memory-curve", type=Path, metavar="PNG", help="measure that instead, and draw it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from apo_megatron.parallel.state import ParallelContext
 
 MIB = 2**20
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 T = TypeVar("T")
 
@@ -87,41 +89,48 @@ class Cost:
 
 
 def measure_in_turn(
-    operations: Sequence[Operation], repetitions: int, parallel: ParallelContext
+    operations: Sequence[Operation],
+    repetitions: int,
+    parallel: ParallelContext,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Result]:
     """Every repetition runs all operations, so that a busy machine disturbs them alike.
 
-    The first is profiled for memory and traffic; that it counts as well can only slow it down.
+    The first is profiled for memory and traffic, which can only slow it down; its time counts as well.
     """
-    results = [run_first(operation, parallel) for operation in operations]
+    results = [run_first(operation, parallel, clock) for operation in operations]
     for _ in range(repetitions - 1):
         for operation, result in zip(operations, results, strict=True):
-            forward, backward = run_once(operation, parallel)
+            forward, backward = run_once(operation, parallel, clock)
             result.forward_seconds = min(result.forward_seconds, forward)
             result.backward_seconds = min(result.backward_seconds, backward)
     return results
 
 
-def run_once(operation: Operation, parallel: ParallelContext) -> tuple[float, float]:
+def run_once(
+    operation: Operation, parallel: ParallelContext, clock: Callable[[], float]
+) -> tuple[float, float]:
     """Seconds of forward and backward."""
     operation.prepare()
-    outputs, forward = timed(operation.forward, parallel)
+    outputs, forward = timed(operation.forward, parallel, clock)
     if not outputs:
         return _slowest(forward, parallel), 0.0
-    _, backward = timed(lambda: operation.backward(outputs), parallel)
+    _, backward = timed(lambda: operation.backward(outputs), parallel, clock)
     return _slowest(forward, parallel), _slowest(backward, parallel)
 
 
-def run_first(operation: Operation, parallel: ParallelContext) -> Result:
+def run_first(
+    operation: Operation, parallel: ParallelContext, clock: Callable[[], float] = time.perf_counter
+) -> Result:
     """Seconds, memory and traffic."""
     if operation.is_compiled:
-        run_once(operation, parallel)
+        run_once(operation, parallel, clock)
     operation.prepare()
-    outputs, cost = with_cost(operation.forward, parallel)
+    outputs, cost = with_cost(operation.forward, parallel, clock)
     extra, left = cost.peak_bytes, cost.left_bytes
     result = Result(_slowest(cost.seconds, parallel), 0.0, extra, cost.num_collectives, cost.num_bytes)
     if outputs:
-        _, cost = with_cost(lambda: operation.backward(outputs), parallel)
+        _, cost = with_cost(lambda: operation.backward(outputs), parallel, clock)
         gradients = sum(leaf.grad.nbytes for leaf in operation.leaves if leaf.grad is not None)
         result.backward_seconds = _slowest(cost.seconds, parallel)
         result.extra_bytes = max(extra, left + cost.peak_bytes - gradients)
@@ -130,17 +139,21 @@ def run_first(operation: Operation, parallel: ParallelContext) -> Result:
     return result
 
 
-def timed(function: Callable[[], T], parallel: ParallelContext) -> tuple[T, float]:
+def timed(
+    function: Callable[[], T], parallel: ParallelContext, clock: Callable[[], float]
+) -> tuple[T, float]:
     """The result of a call and its seconds on this rank, which starts together with the others."""
     _synchronize(parallel.device)
     dist.barrier()
-    start = time.perf_counter()
+    start = clock()
     result = function()
     _synchronize(parallel.device)
-    return result, time.perf_counter() - start
+    return result, clock() - start
 
 
-def with_cost(function: Callable[[], T], parallel: ParallelContext) -> tuple[T, Cost]:
+def with_cost(
+    function: Callable[[], T], parallel: ParallelContext, clock: Callable[[], float] = time.perf_counter
+) -> tuple[T, Cost]:
     """The result of a call and what it costs on this rank.
 
     Memory is counted on a CPU by the profiler's events, one for each allocation by torch, and on a GPU by
@@ -152,7 +165,7 @@ def with_cost(function: Callable[[], T], parallel: ParallelContext) -> tuple[T, 
         accelerator.reset_peak_memory_stats()
         before = accelerator.memory_allocated()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True) as recorded:
-        result, seconds = timed(function, parallel)
+        result, seconds = timed(function, parallel, clock)
     events = sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     traffic = [_num_bytes(event) for event in events if _is_traffic(event.name(), f"{parallel.backend}:")]
     if accelerator is None:
@@ -168,6 +181,16 @@ def _slowest(seconds: float, parallel: ParallelContext) -> float:
     tensor = torch.tensor(seconds, dtype=torch.float64, device=parallel.device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor)
+
+
+def add_clock_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=list(CLOCKS),
+        help="cpu: processor time of a rank instead, for a CPU that is busy with other work, too;\n"
+        "without what a rank waits for others",
+    )
 
 
 def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, threads: int) -> Any:

@@ -29,7 +29,6 @@ from tools.vocab_operations import Case, LMHead
 CURVE_LENGTHS = tuple(1024 * 2**power for power in range(6))
 VOCAB_SIZE, TINY_VOCAB_SIZE, HIDDEN_SIZE = 151_936, 128, 64
 DEFAULT_MIB = ModelConfig(hf_path="").max_logits_mib
-NEVER_FUSED_MIB = 2**40
 HEAD_FUSED, HEAD_UNFUSED = "LM head and loss, fused", "LM head and loss, unfused"
 UPDATE_FUSED = "whole update, max_logits_mib=0"
 UPDATE_DEFAULT = f"whole update, max_logits_mib={DEFAULT_MIB} (default)"

@@ -70,12 +70,20 @@ def logit_operations(case: Case) -> list[Operation]:
     original = case.random(case.num_rows, shard.width, scale=3.0)
     logits = original.clone()
 
-    def on_logits(name: str, function: Callable[[Tensor], Any], **flags: bool) -> Operation:
+    def on_logits(
+        name: str, function: Callable[[Tensor], Any], is_yardstick: bool = False, is_compiled: bool = False
+    ) -> Operation:
         def forward() -> Tensors:
             outputs = function(logits.detach().requires_grad_())
             return (outputs,) if isinstance(outputs, Tensor) else outputs
 
-        return Operation(name, forward, prepare=lambda: logits.copy_(original), **flags)
+        return Operation(
+            name,
+            forward,
+            prepare=lambda: logits.copy_(original),
+            is_yardstick=is_yardstick,
+            is_compiled=is_compiled,
+        )
 
     def policy_terms(leaf: Tensor) -> Tensors:
         return vocab_parallel_policy_terms(leaf, targets, case.support_ids, shard)
