@@ -6,6 +6,7 @@ beyond what the same model takes with a tiny vocabulary.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,6 +105,7 @@ def measure_curve(lengths: Sequence[int]) -> list[Point]:
             rest = tiny.peak_bytes(num_tokens)
             peaks |= {series: model.peak_bytes(num_tokens) - rest for series, model in models.items()}
             points.append(Point(num_tokens, case.logit_bytes, peaks))
+            print(f"measured {num_tokens} tokens", file=sys.stderr)
     return points
 
 
