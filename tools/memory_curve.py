@@ -146,6 +146,6 @@ def draw_curve(points: Sequence[Point], path: Path) -> None:
         axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axis.set_xlabel("tokens of the sequence, all trained")
         axis.set_title(f"Memory of the vocabulary end, V = {VOCAB_SIZE:,} (MiB)")
-        axis.legend(fontsize=9)
+        axis.legend(fontsize=9, handlelength=2.8)
         figure.savefig(path, dpi=DPI)
         plt.close(figure)
