@@ -1,6 +1,6 @@
 """Seconds and memory of a weight push into a real SGLang server, beside what the machine can do.
 
-    python tools/benchmark_weight_sync.py --folder /tmp/weight_sync --python .venv-sglang/bin/python
+    python -m tools.benchmark_weight_sync --folder /tmp/weight_sync --python .venv-sglang/bin/python
 
 Makes a random model of about 1 GB in the folder, starts one server with it on the CPU, and pushes the weights
 of a trainer of one rank with every transport in turn. In the same turns the same number of bytes is copied in
@@ -12,7 +12,6 @@ memory that trainer and server share counts in both.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import socket
@@ -41,27 +40,17 @@ from apo_megatron.rollout.event_loop import EventLoopThread
 from apo_megatron.rollout.server import ServerPool
 from apo_megatron.rollout.sglang_client import SGLangClient, open_session
 from apo_megatron.rollout.transport import WeightTransport, build_transport
-from apo_megatron.weights.formats.hf_checkpoint import write_hf_checkpoint
-from apo_megatron.weights.formats.safetensors_writer import TensorSpec
 from apo_megatron.weights.source import WeightSource
-from apo_megatron.weights.table import build_table
+from tools.random_model import write_random_model
 
 # The shape of a small Qwen2; the number of layers makes the size.
 CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
     "hidden_size": 1536,
     "num_attention_heads": 12,
     "num_key_value_heads": 2,
     "intermediate_size": 8960,
     "vocab_size": 32000,
     "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "torch_dtype": "bfloat16",
 }
 LAYER_GB = 0.0936
 EMBEDDINGS_GB = 0.1966
@@ -99,26 +88,8 @@ def make_model(folder: Path, size_gb: float) -> Path:
     model = folder / "model"
     if model.exists():
         return model
-    config_folder = folder / "config"
-    config_folder.mkdir(parents=True, exist_ok=True)
     num_layers = max(1, round((size_gb - EMBEDDINGS_GB) / LAYER_GB))
-    (config_folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": num_layers}))
-    specs = [
-        TensorSpec(name, shape, torch.bfloat16)
-        for entry in build_table(read_architecture(config_folder)).entries()
-        if entry.exported
-        for name, shape in zip(entry.hf_names, entry.layout.hf_shapes, strict=True)
-    ]
-    generator = torch.Generator().manual_seed(0)
-
-    def random_tensors() -> Iterator[tuple[str, Tensor]]:
-        for spec in specs:
-            yield (
-                spec.name,
-                torch.empty(spec.shape, dtype=spec.dtype).uniform_(-0.05, 0.05, generator=generator),
-            )
-
-    return write_hf_checkpoint(model, specs, random_tensors(), config_folder)
+    return write_random_model(folder, {**CONFIG, "num_hidden_layers": num_layers}, torch.bfloat16)
 
 
 class PeakMemory:

@@ -44,7 +44,9 @@ class TileSize(NamedTuple):
     columns: int
 
 
-CPU_TILE = TileSize(512, 4096)  # 8 MiB in fp32
+# 16 MiB in fp32. Products want many rows (and so do the sums of products, which each tile reads and writes),
+# the Top-K search wants many columns.
+CPU_TILE = TileSize(1024, 4096)
 GPU_TILE = TileSize(4096, 8192)  # 64 MiB in bf16
 
 

@@ -74,7 +74,7 @@ RUN_PANELS = (
     Panel("Responses cut off (%)", ("truncation_rate",), percent=True),
     Panel("Seconds per step", ("time/step",)),
 )
-_LOOK: dict[Any, Any] = {
+LOOK: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
@@ -112,7 +112,7 @@ def comparison_picture(
         p for p in COMPARISON_PANELS if any(_series(run, p)[0].size for h in histories.values() for run in h)
     ]
     columns = 2 if len(panels) <= 4 else 3
-    with plt.rc_context(_LOOK):
+    with plt.rc_context(LOOK):
         figure = plt.figure(figsize=(6.4 + 3.1 * columns, 6.6), layout="constrained")
         halves: Any = figure.subfigures(1, 2, width_ratios=(6.0, 3.1 * columns))
         left, right = halves
@@ -137,7 +137,7 @@ def run_picture(run_dir: str | Path) -> Path | None:
         return None
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
-    with plt.rc_context(_LOOK):
+    with plt.rc_context(LOOK):
         figure, grid = plt.subplots(
             rows, columns, figsize=(3.3 * columns, 2.5 * rows + 0.3), layout="constrained", squeeze=False
         )
