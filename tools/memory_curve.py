@@ -22,7 +22,7 @@ from apo_megatron.config import ModelConfig, ObjectiveConfig, OptimizerConfig, P
 from apo_megatron.data.collate import TrainingSequence, make_batch
 from apo_megatron.objectives.objective import build_objective
 from apo_megatron.parallel.state import ParallelContext, init_parallel
-from apo_megatron.types import MicroBatch
+from apo_megatron.types import PaddedSequences
 from tools.measurement import MIB, run_first, with_cost
 from tools.random_model import write_random_model
 from tools.vocab_operations import Case, LMHead
@@ -74,7 +74,7 @@ class TinyModel:
         sequences, objective = self._sequences(num_tokens), build_objective(self._objective_cfg)
         return with_cost(lambda: self._actor.update(sequences, objective), self._parallel)[1].peak_bytes
 
-    def _sequences(self, num_tokens: int) -> MicroBatch:
+    def _sequences(self, num_tokens: int) -> PaddedSequences:
         """One wrong sequence with what a reference pass would find."""
         tokens = np.random.default_rng(0).integers(self._vocab_size, size=num_tokens + 1)
         sequence = TrainingSequence(tokens, 1, advantage=-1.0, rollout_log_probs=np.zeros(num_tokens))
