@@ -17,12 +17,13 @@ from apo_megatron.config import RLConfig
 from apo_megatron.errors import ConfigError
 from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.parallel.dims import ParallelDims
+from apo_megatron.parallel.lm_head import CPU_TILE, GPU_TILE
 from apo_megatron.planning.activations import Numerics, layers_in_flight
 from apo_megatron.planning.advice import warnings_of
 from apo_megatron.planning.parameters import layers_of_stage, num_parameters, stage_parameters
 from apo_megatron.planning.plan import Plan, Setting, make_plan
 from apo_megatron.planning.proposals import overrides, propose
-from apo_megatron.planning.vocabulary import VocabularyEnd
+from apo_megatron.planning.vocabulary import TILE, VocabularyEnd
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -398,3 +399,7 @@ def test_the_documented_plan_is_what_the_tool_prints(
         page.write_text(text[: shown.start(1)] + found + text[shown.end(1) :])
     else:
         assert found == shown[1]
+
+
+def test_the_tile_is_that_of_the_fused_lm_head() -> None:
+    assert {True: CPU_TILE, False: GPU_TILE} == TILE

@@ -12,6 +12,7 @@ from apo_megatron.parallel.vocab import (
     PolicyTerms,
     VocabShard,
     vocab_parallel_policy_terms,
+    vocab_parallel_reference_terms,
     vocab_parallel_topk,
 )
 from tests.distributed import run_distributed
@@ -154,6 +155,9 @@ def check_case(case: dict[str, Any], results: list[dict[str, Any]]) -> None:
         assert (result["terms"][2] >= 0).all()
         assert torch.equal(result["top_ids"], top_ids)
         torch.testing.assert_close(result["top_log_probs"].double(), top_log_probs, rtol=3e-6, atol=3e-6)
+        values, ids, log_probs = result["reference"]
+        assert torch.equal(values, result["top_log_probs"]) and torch.equal(ids, top_ids)
+        torch.testing.assert_close(log_probs, result["terms"][0], rtol=3e-6, atol=tolerance / 10)
     grad = torch.cat([result["grad"] for result in results], 1)
     assert grad.dtype == dtype
     assert (grad[:, vocab_size:] == 0).all()
@@ -165,11 +169,19 @@ def run_alone(case: dict[str, Any]) -> dict[str, Any]:
     shard = VocabShard(0, case["logits"].shape[1], case["vocab_size"])
     logits = case["logits"].clone().requires_grad_()
     top_log_probs, top_ids = vocab_parallel_topk(logits, case["k"], shard, case["temperature"])
+    reference = vocab_parallel_reference_terms(logits, case["targets"], case["k"], shard, case["temperature"])
     terms = vocab_parallel_policy_terms(
         logits, case["targets"], case["support_ids"], shard, case["temperature"]
     )
     torch.autograd.backward(terms, case["grads"])
-    return {"terms": terms, "grad": logits.grad, "top_log_probs": top_log_probs, "top_ids": top_ids}
+    assert torch.equal(reference.log_probs, terms.log_probs)  # ratio 1 at theta = reference
+    return {
+        "terms": terms,
+        "grad": logits.grad,
+        "top_log_probs": top_log_probs,
+        "top_ids": top_ids,
+        "reference": list(reference),
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -178,7 +190,7 @@ def test_unsharded(name: str) -> None:
 
 
 def test_sharded() -> None:
-    """Groups of 1, 2 and 4 ranks: the same numbers, identical Top-K ids, and 1 + 2 + 0 collectives."""
+    """Groups of 1, 2 and 4 ranks: the same numbers, identical Top-K ids, and 1 + 1 + 2 + 0 collectives."""
     sizes = (1, 2, 4)
     ranks = run_distributed(4, "tests.workers.vocab_ops:check", {"cases": CASES, "group_sizes": sizes})
     for size in sizes:
@@ -186,7 +198,7 @@ def test_sharded() -> None:
             results = [rank[f"{size}/{name}"] for rank in ranks]
             for i in range(0, 4, size):
                 check_case(case, results[i : i + size])
-            expected = [0, 0, 0] if size == 1 else [1, 2, 0]
+            expected = [0, 0, 0, 0] if size == 1 else [1, 1, 2, 0]
             assert all(result["collectives"] == expected for result in results), (size, name)
     for rank in ranks:
         assert rank["huge ids"].tolist() == [[2**31 - 1, 2**31 - 2, 2**31 - 3]]

@@ -21,12 +21,13 @@ from apo_megatron.actor.model_inputs import ModelInput
 from apo_megatron.models.policy_model import LMHeadInput
 from apo_megatron.objectives.interface import LossInputs, TokenMetric
 from apo_megatron.objectives.objective import Objective
-from apo_megatron.parallel.lm_head import ReferenceTerms, lm_head_policy_terms, lm_head_topk
+from apo_megatron.parallel.lm_head import lm_head_policy_terms, lm_head_topk
 from apo_megatron.parallel.vocab import (
     PolicyTerms,
+    ReferenceTerms,
     VocabShard,
     vocab_parallel_policy_terms,
-    vocab_parallel_topk,
+    vocab_parallel_reference_terms,
 )
 from apo_megatron.types import TrainedTokens
 
@@ -113,10 +114,7 @@ class TokenTerms:
 
     def _reference_terms(self, output: ModelOutput, targets: Tensor, k: int) -> ReferenceTerms:
         if isinstance(output, Tensor):
-            support_log_probs, ids = vocab_parallel_topk(output, k, self.shard, self.temperature)
-            no_support = targets.new_empty(len(targets), 0)
-            terms = self._policy_terms(output, targets, no_support)
-            return ReferenceTerms(support_log_probs, ids, terms.log_probs)
+            return vocab_parallel_reference_terms(output, targets, k, self.shard, self.temperature)
         return lm_head_topk(output.hidden, output.weight, targets, k, self.shard, self.temperature)
 
 

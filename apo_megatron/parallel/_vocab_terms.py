@@ -27,6 +27,14 @@ class PolicyTerms(NamedTuple):
     entropy: Tensor  # of pi, nats, >= 0
 
 
+class ReferenceTerms(NamedTuple):
+    """What is read of the reference; fp32 (float64 for float64 logits), on every rank."""
+
+    topk_log_probs: Tensor  # [T, k], descending, <= 0; -inf beyond the vocabulary
+    topk_ids: Tensor  # [T, k] int64; -1 beyond the vocabulary
+    log_probs: Tensor  # [T], log pi(target), <= 0
+
+
 class ChosenColumns(NamedTuple):
     """Where the target (column 0) and the support ids (the others) of each row lie on this rank."""
 

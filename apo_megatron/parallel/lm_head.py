@@ -25,6 +25,7 @@ from apo_megatron.parallel._vocab_rows_by_device import row_functions
 from apo_megatron.parallel._vocab_terms import (
     ChosenColumns,
     PolicyTerms,
+    ReferenceTerms,
     SoftmaxRows,
     base_2_scale,
     first_best,
@@ -48,14 +49,6 @@ class TileSize(NamedTuple):
 # the Top-K search wants many columns.
 CPU_TILE = TileSize(1024, 4096)
 GPU_TILE = TileSize(4096, 8192)  # 64 MiB in bf16
-
-
-class ReferenceTerms(NamedTuple):
-    """What is read of the reference; fp32 (float64 for float64 hidden states), on every rank."""
-
-    topk_log_probs: Tensor  # [T, k], descending, <= 0; -inf beyond the vocabulary
-    topk_ids: Tensor  # [T, k] int64; -1 beyond the vocabulary
-    log_probs: Tensor  # [T], log pi(target), <= 0
 
 
 def lm_head_policy_terms(

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apo_megatron.parallel._vocab_rows import Candidates
 from apo_megatron.parallel._vocab_rows_by_device import row_functions
 from apo_megatron.parallel._vocab_terms import (
     PolicyTerms,
+    ReferenceTerms,
     SoftmaxRows,
     base_2_scale,
     gradient_rows,
@@ -114,10 +116,30 @@ def vocab_parallel_topk(
     float64 logits), <= 0, and ids [T, k] int64. Order: logit descending, then id ascending, so the ids are
     the same for every p, bit for bit, ties included. Entries beyond the vocabulary: log-prob -inf, id -1.
     """
-    shard.check(logits, temperature)
-    assert k >= 1, f"k must be positive, not {k}"
-    real = logits[:, : shard.num_real_columns]
-    candidates = row_functions(real).best_columns(real, k, base_2_scale(temperature))
+    candidates = _best_columns(logits, k, shard, temperature)
     none_chosen = candidates.values[:, :0]
     log_probs, ids, _ = topk_log_probs(candidates, none_chosen, shard, temperature)
     return log_probs, ids
+
+
+@torch.no_grad()
+def vocab_parallel_reference_terms(
+    logits: Tensor, targets: Tensor, k: int, shard: VocabShard, temperature: float = 1.0
+) -> ReferenceTerms:
+    """``vocab_parallel_topk`` and the log-probs of ``targets`` [T] in one pass over the logits; no gradients.
+
+    On one rank the log-probs equal those of ``vocab_parallel_policy_terms`` to the bit. Raises RuntimeError
+    where a target is outside the vocabulary (on a GPU: asynchronously).
+    """
+    candidates = _best_columns(logits, k, shard, temperature)
+    columns, is_local, _ = locate(targets, targets.new_empty(len(targets), 0), shard)
+    chosen = logits.gather(1, columns).to(candidates.row_max.dtype).masked_fill_(~is_local, 0.0)
+    log_probs, ids, target_log_probs = topk_log_probs(candidates, chosen, shard, temperature)
+    return ReferenceTerms(log_probs, ids, target_log_probs.squeeze(1))
+
+
+def _best_columns(logits: Tensor, k: int, shard: VocabShard, temperature: float) -> Candidates:
+    shard.check(logits, temperature)
+    assert k >= 1, f"k must be positive, not {k}"
+    real = logits[:, : shard.num_real_columns]
+    return row_functions(real).best_columns(real, k, base_2_scale(temperature))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from apo_megatron.planning.activations import FP32, Numerics
 
 # apo_megatron/parallel/lm_head.py: rows and columns of logits that exist at a time. On a CPU, on a GPU.
-_TILE = {True: (512, 4096), False: (4096, 8192)}
+TILE = {True: (1024, 4096), False: (4096, 8192)}
 # apo_megatron/parallel/_vocab_rows.py: the largest scratch; row statistics have two. On a CPU, a GPU.
 _SCRATCH_BYTES = {True: 2**21, False: 2**25}
 
@@ -73,7 +73,7 @@ class VocabularyEnd:
 
     @property
     def _tile(self) -> tuple[float, float]:
-        rows, columns = _TILE[self.numerics.on_cpu]
+        rows, columns = TILE[self.numerics.on_cpu]
         return min(rows, self.rows), min(columns, self.columns)
 
     @property

@@ -7,7 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from apo_megatron.parallel.vocab import VocabShard, vocab_parallel_policy_terms, vocab_parallel_topk
+from apo_megatron.parallel.vocab import (
+    VocabShard,
+    vocab_parallel_policy_terms,
+    vocab_parallel_reference_terms,
+    vocab_parallel_topk,
+)
 
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor", "broadcast")
 
@@ -64,6 +69,8 @@ def _run_case(case: dict[str, Any], shard: VocabShard, counter: CountCollectives
     local = case["logits"][:, shard.start : shard.end].clone().requires_grad_()
     top_log_probs, top_ids = vocab_parallel_topk(local, case["k"], shard, case["temperature"])
     num_topk = counter.take()
+    reference = vocab_parallel_reference_terms(local, case["targets"], case["k"], shard, case["temperature"])
+    num_reference = counter.take()
     terms = vocab_parallel_policy_terms(
         local, case["targets"], case["support_ids"], shard, case["temperature"]
     )
@@ -74,5 +81,6 @@ def _run_case(case: dict[str, Any], shard: VocabShard, counter: CountCollectives
         "grad": local.grad,
         "top_log_probs": top_log_probs,
         "top_ids": top_ids,
-        "collectives": [num_topk, num_forward, counter.take()],
+        "reference": list(reference),
+        "collectives": [num_topk, num_reference, num_forward, counter.take()],
     }
