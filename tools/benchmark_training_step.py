@@ -77,7 +77,10 @@ def make_actor(folder: Path, options: argparse.Namespace, parallel: ParallelCont
     torch.distributed.barrier()
     return MegatronActor(
         ModelConfig(
-            hf_path=str(folder / "model"), dtype=options.dtype, max_logits_mib=options.max_logits_mib
+            hf_path=str(folder / "model"),
+            dtype=options.dtype,
+            recompute=options.recompute,
+            max_logits_mib=options.max_logits_mib,
         ),
         OptimizerConfig(),
         parallel,
@@ -147,6 +150,8 @@ def layout(options: argparse.Namespace) -> ParallelConfig:
         pipeline_parallel_size=options.pp,
         context_parallel_size=options.cp,
         sequence_parallel=options.sp,
+        overlap_grad_reduce=options.overlap,
+        overlap_param_gather=options.overlap,
     )
 
 
@@ -159,7 +164,8 @@ def report(measurements: Sequence[Measurement], options: argparse.Namespace) -> 
     axes = ", ".join(f"{axis.upper()}={getattr(options, axis)}" for axis in ("tp", "pp", "cp", "dp"))
     lines = [
         f"{options.layers} layers, hidden size {options.hidden_size}, vocabulary {options.vocab_size}, "
-        f"{options.dtype}; {axes}{', SP' if options.sp else ''}; {options.num_sequences} sequences, "
+        f"{options.dtype}; {axes}{', SP' if options.sp else ''}{', overlapped' if options.overlap else ''}; "
+        f"recompute {options.recompute}; {options.num_sequences} sequences, "
         f"{by_name[OLD].num_tokens} tokens, {rows} a micro-batch.",
         "",
         "| operation | ms | tokens/s | ratio | peak MiB | collectives | MiB moved |",
@@ -203,6 +209,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("threads", 1),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"])
+    parser.add_argument(
+        "--overlap", action="store_true", help="reduction and gathering overlap with computing"
+    )
     add_clock_option(parser)
     parser.add_argument("--wrong-share", type=float, default=0.5, help="of the sequences, default: 0.5")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two repetitions")

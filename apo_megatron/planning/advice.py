@@ -12,6 +12,7 @@ from apo_megatron.planning.rollout import ASSUMED_MEM_FRACTION, memory_fraction
 
 _GIB = 2**30
 _LARGE_SHARE = 0.05  # of the device: worth a sentence
+_SMALL_SHARE = 0.01  # less is not
 _LONG_WAIT = 0.2  # of a pipeline's time
 
 
@@ -118,7 +119,8 @@ def _unsharded_state(plan: Plan) -> Iterator[str]:
     ):
         if is_wasted:
             saved = plan.update_peak - _with(plan, "parallel", **{field: value}).update_peak
-            yield f"parallel.{field}=true would save {gib(saved)} a rank"
+            if saved > _SMALL_SHARE * plan.setting.device_bytes:
+                yield f"parallel.{field}=true would save {gib(saved)} a rank"
 
 
 def _wide_tensor_parallelism(plan: Plan) -> Iterator[str]:
