@@ -56,21 +56,24 @@ def open_page(page: Path, profile: Path, *options: str) -> Dom:
     browser = next(filter(None, map(shutil.which, NAMES)), None)
     if browser is None:
         pytest.skip("no Chromium: make browser installs the Debian package")
-    result = subprocess.run(
-        [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            f"--user-data-dir={profile}",
-            "--window-size=1400,1000",
-            *options,
-            "--dump-dom",
-            page.as_uri(),
-        ],
-        capture_output=True,
-        timeout=120,
-    )
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={profile}",
+        "--window-size=1400,1000",
+        *options,
+        "--dump-dom",
+        page.as_uri(),
+    ]
+    try:
+        result = subprocess.run(command, capture_output=True, timeout=60)
+    except subprocess.TimeoutExpired:  # now and then it hangs at its start, on a busy machine
+        result = subprocess.run(command, capture_output=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
     return Dom(result.stdout.decode())

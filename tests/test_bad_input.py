@@ -20,7 +20,7 @@ EXPECTED = {
     "unknown key": ["ConfigError", "objective.apo_topp", "apo_topk"],
     "wrong type": ["ConfigError", "train.num_steps", "many"],
     "clipped from the start": ["ConfigError", "apo_push_coeff - apo_pull_coeff", "0.75", "0.8"],
-    "context parallelism": ["ConfigError", "context_parallel_size", "2"],
+    "budget that ranks cannot share": ["ConfigError", "max_tokens_per_micro_batch=1001", "multiple of 4"],
     "layout does not divide the processes": ["ConfigError", "tensor_parallel_size=3", "2 processes"],
     "heads do not divide": ["ConfigError", "tensor_parallel_size", "num_attention_heads", "3"],
     "layers do not divide": ["ConfigError", "pipeline_parallel_size", "num_hidden_layers", "3"],
@@ -78,7 +78,10 @@ def test_every_mistake_has_its_message(folder: Path) -> None:
         "unknown key": ["objective.apo_topp=4"],
         "wrong type": ["train.num_steps=many"],
         "clipped from the start": ["objective.apo_pull_coeff=0.3"],
-        "context parallelism": ["parallel.context_parallel_size=2"],
+        "budget that ranks cannot share": [
+            "parallel.context_parallel_size=2",
+            "train.max_tokens_per_micro_batch=1001",
+        ],
         "layout does not divide the processes": ["parallel.tensor_parallel_size=3"],
         "heads do not divide": [
             f"model.hf_path={folder / 'three_heads'}",

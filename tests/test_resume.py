@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _config(folder: Path, name: str, layout: str, **checkpoint: Any) -> dict[str, Any]:
     return {
         "model": {"hf_path": str(folder / "model"), "dtype": "float32", "make_vocab_size_divisible_by": 8},
-        "data": {"train_path": str(folder / "prompts.jsonl"), "prompts_per_step": 4},
+        "data": {"train_path": str(folder / "prompts.jsonl"), "prompts_per_step": 4, "max_prompt_length": 16},
         "train": {
             "run_dir": str(folder / name),
             "num_steps": NUM_STEPS,
