@@ -263,9 +263,8 @@ class MegatronActor:
                 self.model_chunks, micro_batches, partial(self.token_terms.loss, objective), consume, progress
             )
         if self.parallel.is_last_stage:
-            for model_input in micro_batches.inputs:
-                is_real = model_input.is_real.flatten().to(self.parallel.device)
-                sums.add({"token_utilization": TokenMetric(is_real)})
+            is_real = torch.cat([model_input.is_real.flatten() for model_input in micro_batches.inputs])
+            sums.add({"token_utilization": TokenMetric(is_real.to(self.parallel.device))})
         metrics = self._reduce(sums, sum_over_data_and_context_parallel)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         is_finite = math.isfinite(metrics["loss"]) and self._gradients_are_finite()

@@ -165,7 +165,6 @@ def _run_schedule(
     forward_only: bool,
 ) -> list[Any]:
     inputs = micro_batches.inputs
-    counts = iter(inputs)
 
     def forward_step(data: Iterator[ModelInput], model: torch.nn.Module) -> tuple[Any, Any]:
         model_input = next(data).to(micro_batches.parallel.device)
@@ -178,8 +177,7 @@ def _run_schedule(
             packed_seq_params=model_input.packed,
         )
         if progress is not None and model is model_chunks[-1]:
-            done = next(counts)
-            progress(done.num_sequences, done.num_trained)
+            progress(model_input.num_sequences, model_input.num_trained)
         return output, partial(at_the_end, model_input)
 
     iterators = [iter(inputs) for _ in model_chunks]

@@ -20,7 +20,6 @@ from apo_megatron.actor.model_inputs import (
 )
 from apo_megatron.data.packing import pack, pack_into
 from apo_megatron.parallel.collectives import all_reduce_max
-from apo_megatron.parallel.dims import ParallelDims
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.types import PaddedSequences
 
@@ -108,7 +107,7 @@ def _packed_layouts(
     lengths: Sequence[int], max_tokens: int, width: int, parallel: ParallelContext
 ) -> list[Layout]:
     dims = parallel.dims
-    multiple, whole = _sequence_multiple(dims), dims.token_multiple
+    multiple, whole = dims.sequence_multiple, dims.token_multiple
     assert max_tokens % whole == 0, f"max_tokens={max_tokens} is no multiple of {whole}"
     padded = [round_up(length, multiple) for length in lengths]
     speaks = parallel.tensor_rank == parallel.context_rank == parallel.pipeline_rank == 0
@@ -148,8 +147,3 @@ def _one_untrained_row(sequences: PaddedSequences) -> PaddedSequences:
     return sequences.with_fields(
         **{name: None if t is None else t.new_zeros((1, *t.shape[1:])) for name, t in tensors.items()}
     )
-
-
-def _sequence_multiple(dims: ParallelDims) -> int:
-    """Context-parallel ranks have two equal chunks of every sequence."""
-    return 2 * dims.context if dims.context > 1 else 1

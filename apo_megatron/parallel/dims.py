@@ -43,9 +43,14 @@ class ParallelDims:
         return self.world // self.model
 
     @property
+    def sequence_multiple(self) -> int:
+        """What the tokens of a sequence must be a multiple of: context ranks have two equal chunks."""
+        return 2 * self.context if self.context > 1 else 1
+
+    @property
     def token_multiple(self) -> int:
         """What the tokens of a micro-batch must be a multiple of, for its ranks to have equally many."""
-        return (2 * self.context if self.context > 1 else 1) * (self.tensor if self.sequence_parallel else 1)
+        return self.sequence_multiple * (self.tensor if self.sequence_parallel else 1)
 
     @staticmethod
     def from_config(cfg: ParallelConfig, world: int) -> ParallelDims:
