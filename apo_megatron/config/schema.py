@@ -75,6 +75,16 @@ class ParallelConfig(Section):
     )
     timeout_minutes: PositiveFloat = Field(30.0, description="Time-out of a collective.")
 
+    @property
+    def sequence_multiple(self) -> int:
+        """What the tokens of a sequence must be a multiple of: context ranks have two equal chunks."""
+        return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
+
+    @property
+    def token_multiple(self) -> int:
+        """What the tokens of a micro-batch must be a multiple of, for its ranks to have equally many."""
+        return self.sequence_multiple * (self.tensor_parallel_size if self.sequence_parallel else 1)
+
     @rule
     def sequence_parallel_needs_tensor_parallel(self) -> str | None:
         """`sequence_parallel` needs `tensor_parallel_size` > 1: it shards over the tensor axis."""
@@ -377,8 +387,7 @@ def _packing_problem(
     """``longest``: tokens of the longest sequence, the sum of the fields ``names``."""
     if max_tokens is None:
         return None
-    multiple = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
-    multiple *= parallel.tensor_parallel_size if parallel.sequence_parallel else 1
+    multiple = parallel.token_multiple
     field = f"train.max_tokens_per_micro_batch={max_tokens}"
     if max_tokens % multiple:
         return (

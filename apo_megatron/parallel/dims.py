@@ -27,6 +27,8 @@ class ParallelDims:
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    sequence_multiple: int = 1  # these two as ParallelConfig says
+    token_multiple: int = 1
 
     @property
     def model(self) -> int:
@@ -41,16 +43,6 @@ class ParallelDims:
     @property
     def data(self) -> int:
         return self.world // self.model
-
-    @property
-    def sequence_multiple(self) -> int:
-        """What the tokens of a sequence must be a multiple of: context ranks have two equal chunks."""
-        return 2 * self.context if self.context > 1 else 1
-
-    @property
-    def token_multiple(self) -> int:
-        """What the tokens of a micro-batch must be a multiple of, for its ranks to have equally many."""
-        return self.sequence_multiple * (self.tensor if self.sequence_parallel else 1)
 
     @staticmethod
     def from_config(cfg: ParallelConfig, world: int) -> ParallelDims:
@@ -68,6 +60,8 @@ class ParallelDims:
             distributed_optimizer=cfg.distributed_optimizer,
             overlap_grad_reduce=cfg.overlap_grad_reduce,
             overlap_param_gather=cfg.overlap_param_gather,
+            sequence_multiple=cfg.sequence_multiple,
+            token_multiple=cfg.token_multiple,
         )
         if world % dims.model != 0:
             raise ConfigError(
