@@ -11,7 +11,7 @@ from xdist.scheduler import LoadScopeScheduling
 # Files that start servers, or whole clusters, and mostly wait for them. One process of `make test` runs
 # these, one after the other (two sets of servers are too much for two cores), while another runs the rest.
 WITH_SERVERS = (
-    "test_ray",
+    "test_ray_servers",
     "test_server",
     "test_server_command",
     "test_sglang_client",
