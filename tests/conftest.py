@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# Files that start servers, or whole clusters, and mostly wait for them. One process of `make test` runs
+# Files that start servers, or whole clusters, and mostly wait for them. One process of `make test` begins with
 # these, one after the other (two sets of servers are too much for two cores), while another runs the rest.
 WITH_SERVERS = (
     "test_ray_servers",
@@ -23,11 +23,15 @@ WITH_SERVERS = (
 )
 
 
+def _needs_servers(nodeid: str) -> bool:
+    return PurePath(nodeid.split("::")[0]).stem in WITH_SERVERS
+
+
 class _ServersBesideOthers(LoadScopeScheduling):
-    """Two lots, each run by one process."""
+    """All files with servers are one piece of work, the first; each other file is one."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "servers" if PurePath(nodeid.split("::")[0]).stem in WITH_SERVERS else "others"
+        return "servers" if _needs_servers(nodeid) else nodeid.split("::")[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
@@ -35,6 +39,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not _needs_servers(item.nodeid))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
