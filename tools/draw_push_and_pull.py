@@ -97,19 +97,21 @@ def draw(path: Path) -> None:
         plt.close(figure)
 
 
-def _tokens(axis: Axes) -> Tensor:
-    """Marks what is in the Top-K; the places of the tokens."""
+def _draw_tokens(axis: Axes, shift: float, heights: Sequence[float], color: str, label: str) -> None:
+    axis.bar([place + shift for place in range(len(POLICY))], heights, 0.4, color=color, label=label)
+
+
+def _mark_support(axis: Axes) -> None:
     axis.axvspan(-0.5, SUPPORT_SIZE - 0.5, color=INSIDE, zorder=0)
     axis.set_xticks(range(len(POLICY)), ["y", *[""] * (len(POLICY) - 1)])
     axis.set_xlim(-0.6, len(POLICY) - 0.4)
     axis.set_xlabel("tokens; shaded: Top-K of the reference")
-    return torch.arange(len(POLICY))
 
 
 def _draw_policies(axis: Axes) -> None:
-    places = _tokens(axis)
-    axis.bar(places - 0.2, REFERENCE, 0.4, color="#666666", label="reference")
-    axis.bar(places + 0.2, POLICY, 0.4, color="#E69F00", label="policy")
+    _mark_support(axis)
+    _draw_tokens(axis, -0.2, REFERENCE, "#666666", "reference")
+    _draw_tokens(axis, 0.2, POLICY, "#E69F00", "policy")
     axis.set_yscale("log")
     axis.set_title("y was sampled, and is wrong")
     axis.set_ylabel("probability")
@@ -117,9 +119,9 @@ def _draw_policies(axis: Axes) -> None:
 
 
 def _draw_update(axis: Axes) -> None:
-    places = _tokens(axis)
+    _mark_support(axis)
     for pull, shift in ((0.0, -0.2), (0.1, 0.2)):
-        axis.bar(places + shift, -Toy.start().gradient(pull), 0.4, color=COLORS[pull], label=PULLS[pull])
+        _draw_tokens(axis, shift, (-Toy.start().gradient(pull)).tolist(), COLORS[pull], PULLS[pull])
     axis.axhline(0, color="#000000", lw=0.8)
     axis.set_ylim(-0.02, 0.075)
     drops = [f"{-Toy.start().gradient(pull)[WRONG]:.2f}" for pull in (0.0, 0.1)]
@@ -130,11 +132,13 @@ def _draw_update(axis: Axes) -> None:
 
 def _draw_updates(axis: Axes) -> None:
     support = slice(1, SUPPORT_SIZE)
-    anchor_mass_of_reference = sum(REFERENCE[support])
+    reference_mass = torch.tensor(REFERENCE)[support].sum()
     for pull, label in PULLS.items():
         probs = trajectory(pull)
-        ratios = probs[:, support].sum(1) / anchor_mass_of_reference
-        axis.plot(ratios, color=COLORS[pull], lw=2, label=f"{label}: y ends at {probs[-1, WRONG]:.2f}")
+        ratios = probs[:, support].sum(1) / reference_mass
+        axis.plot(
+            ratios.tolist(), color=COLORS[pull], lw=2, label=f"{label}: y ends at {probs[-1, WRONG]:.2f}"
+        )
     axis.axhline(1, color="#666666", lw=1, ls=":")
     axis.set_ylim(0, 3)
     axis.set_xlabel("updates on the same wrong token")
