@@ -19,6 +19,7 @@ from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.planning.advice import warnings_of
 from apo_megatron.planning.plan import Plan, Setting, make_plan
 from apo_megatron.planning.report import layout_of
+from examples.countdown.prepare import write_initial_model
 from tests.test_planning import published_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,7 +132,9 @@ def test_a_run_fits_and_its_head_says_how(script: Path, stubs: Path, tmp_path: P
 
 @pytest.mark.parametrize("script", RUNS, ids=lambda path: path.name)
 def test_arguments_and_machines_reach_the_trainer(script: Path, stubs: Path) -> None:
-    run = started(stubs, script, "train.num_steps=77", "objective.apo_topk=4", NNODES="16", GPUS_PER_NODE="4")
+    words = ("train.num_steps=77", "objective.apo_topk=4", "evaluation.ks=[1, 3]")
+    run = started(stubs, script, *words, NNODES="16", GPUS_PER_NODE="4")
+    assert run.cfg.evaluation.ks == (1, 3)
     assert (run.cfg.train.num_steps, run.cfg.objective.apo_topk, run.num_gpus) == (77, 4, 64)
     alone = call(stubs, script, NNODES="1")
     assert alone[alone.index("--master-addr") + 1] == "127.0.0.1"
@@ -165,6 +168,23 @@ def test_the_settings_of_the_paper(stubs: Path) -> None:
     for script in RUNS:
         o = started(stubs, script).cfg.objective
         assert (o.apo_push_coeff, o.apo_pull_coeff, o.apo_topk, o.apo_exclude_sampled) == (1.05, 0.1, 8, True)
+
+
+COUNTDOWN = (
+    "countdown/apo",
+    "countdown/grpo",
+    "countdown/grpo_kl",
+    "countdown/kl_on_wrong",
+    "cluster/countdown",
+)
+
+
+@pytest.mark.parametrize("name", COUNTDOWN)
+def test_countdown_fits_on_two_cores(name: str, tmp_path: Path) -> None:
+    write_initial_model(tmp_path, seed=0)
+    cfg = load_config(RLConfig, ROOT / "examples" / f"{name}.yaml", [f"model.hf_path={tmp_path}"])
+    plan = make_plan(cfg, Setting(read_architecture(str(tmp_path)), 2, GIB, on_cpu=True))
+    assert plan.fits
 
 
 @pytest.mark.parametrize(("name", "num_samples"), [("eval_model", 8), ("eval_pass_at_k", 256)])

@@ -24,8 +24,8 @@ PICTURE = Path(__file__).resolve().parent.parent / "docs" / "push_and_pull.png"
 SUPPORT_SIZE = 8
 # pi_ref likes eight tokens and leaves 4 % to eight others. pi_theta has drifted: the wrong token takes
 # more, and of the rest as much lies outside the Top-K as inside.
-REFERENCE = (0.60, 0.11, 0.08, 0.06, 0.04, 0.03, 0.02, 0.02, *(0.04 / 8,) * 8)
-POLICY = (0.70, 0.045, 0.035, 0.025, 0.018, 0.012, 0.009, 0.006, *(0.15 / 8,) * 8)
+REFERENCE: tuple[float, ...] = (0.60, 0.11, 0.08, 0.06, 0.04, 0.03, 0.02, 0.02, *(0.04 / 8,) * 8)
+POLICY: tuple[float, ...] = (0.70, 0.045, 0.035, 0.025, 0.018, 0.012, 0.009, 0.006, *(0.15 / 8,) * 8)
 WRONG = 0  # the sampled token y, the likeliest of both
 STEP_SIZE = 0.5
 NUM_UPDATES = 30

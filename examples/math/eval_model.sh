@@ -5,7 +5,8 @@
 #
 #   examples/math/eval_model.sh runs/qwen2.5_7b_apo/hf [section.field=value ...]
 #
-# Paths are relative to the top folder. Qwen2.5-Math-7B wants rollout.max_new_tokens=3072.
+# Paths are relative to the top folder. What comes from a Qwen2.5 base model wants rollout.stop_token_ids=[151645],
+# and Qwen2.5-Math-7B, whose context is 4,096 tokens, rollout.max_new_tokens=3072 too.
 set -euo pipefail
 model="${1:?which model? $0 DIRECTORY_OR_HUB_ID}"
 cd "$(dirname "$0")/../.."
