@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from apo_megatron.config import EvalConfig, RLConfig, load_config
+from apo_megatron.config.data import PrepareConfig
 from apo_megatron.evaluation.benchmarks import BENCHMARKS
 from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.planning.advice import warnings_of
@@ -247,6 +251,26 @@ def table_row(name: str, plan: Plan) -> str:
         *(f"{size / GIB:.1f}" for size in sizes),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def is_variable(word: str) -> bool:
+    return re.match(r"[A-Z_]+=", word) is not None
+
+
+def test_commands_of_the_page_are_accepted(stubs: Path) -> None:
+    lines = re.findall(r"^    (.+)$", PAGE.read_text().replace("\\\n", " "), re.MULTILINE)
+    commands = [shlex.split(line, comments=True) for line in lines]
+    assert len(commands) >= 8
+    for words in commands:
+        variables = dict(word.split("=", 1) for word in takewhile(is_variable, words))
+        words = words[len(variables) :]
+        if words[0].endswith(".sh"):
+            arguments = [str(ROOT / word) if word.startswith("examples/") else word for word in words[1:]]
+            words = call(stubs, ROOT / words[0], *arguments, HOST="10.0.0.9", **variables)
+        config, *rest = words[words.index("--config") + 1 :]
+        kinds = {"tools.prepare_data": PrepareConfig, "apo_megatron.evaluate": EvalConfig}
+        kind: Any = next((kinds[word] for word in words if word in kinds), RLConfig)
+        load_config(kind, ROOT / config, [word for word in rest if "=" in word])
 
 
 def test_every_script_and_configuration_is_in_the_page() -> None:
