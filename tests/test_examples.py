@@ -5,9 +5,11 @@ With APO_MEGATRON_UPDATE_DOCS=1 the table of examples/README.md and the heads of
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from dataclasses import dataclass
 from itertools import takewhile
@@ -18,11 +20,13 @@ import pytest
 
 from apo_megatron.config import EvalConfig, RLConfig, load_config
 from apo_megatron.config.data import PrepareConfig
+from apo_megatron.errors import RolloutError
 from apo_megatron.evaluation.benchmarks import BENCHMARKS
 from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.planning.advice import warnings_of
 from apo_megatron.planning.plan import Plan, Setting, make_plan
 from apo_megatron.planning.report import layout_of
+from apo_megatron.rollout.server import keep_running
 from examples.countdown.prepare import write_initial_model
 from tests.test_planning import published_model
 
@@ -211,6 +215,21 @@ def test_servers_of_a_machine_of_their_own(name: str, stubs: Path) -> None:
     assert words[:4] == ["python", "-m", "apo_megatron.rollout.server", "--config"]
     sglang = load_config(RLConfig, words[4], words[5:]).rollout.sglang
     assert (sglang.host, sglang.num_servers * sglang.tensor_parallel_size) == ("10.0.0.9", 8)
+
+
+def test_servers_may_start_before_the_run_has_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here they end at once, and take their addresses back."""
+    monkeypatch.chdir(tmp_path)
+    false = shutil.which("false")
+    overrides = [f"rollout.sglang.python={false}", "rollout.sglang.num_servers=1"]
+    cfg = load_config(
+        RLConfig, FOLDER / "llama3_70b.yaml", [*overrides, "rollout.sglang.tensor_parallel_size=1"]
+    )
+    with pytest.raises(RolloutError, match="server-0"):
+        keep_running(cfg)
+    assert json.loads((tmp_path / "runs/llama3_70b_apo/servers.json").read_text()) == []
 
 
 def test_the_table_of_plans_is_up_to_date(stubs: Path, tmp_path: Path) -> None:
