@@ -324,6 +324,77 @@ def test_aliases_that_point_back_end(file: Path) -> None:
     assert "rollout.b: unknown field" in problem(file)
 
 
+# --- a file on top of another ---------------------------------------------------------------------
+
+
+def test_a_file_lies_over_its_base(file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "below"
+    folder.mkdir()
+    (folder / "first.yaml").write_text(
+        "rollout: {top_p: 0.5, temperature: 0.7, sglang: {host: a, num_servers: 2}}\n"
+    )
+    (folder / "second.yaml").write_text(
+        "base: first.yaml\nrollout: {top_p: 0.6}\nobjective: {dual_clip: 3}\n"
+        "evaluation: {ks: [1, 2, 4], fields: {answer: a}}\n"
+    )
+    file.write_text(
+        "base: below/second.yaml\n" + MINIMAL + "rollout: {sglang: {host: b}}\nobjective: {dual_clip: null}\n"
+        "evaluation: {ks: [8], fields: {id: b}}\n"
+    )
+    cfg = load_config(RLConfig, file, ["rollout.temperature=0.8"])
+    assert (cfg.rollout.top_p, cfg.rollout.temperature) == (0.6, 0.8)
+    assert (cfg.rollout.sglang.host, cfg.rollout.sglang.num_servers) == ("b", 2)
+    assert cfg.objective.dual_clip is None  # taken back
+    assert cfg.evaluation.ks == (8,)  # a list replaces
+    assert dict(cfg.evaluation.fields) == {"answer": "a", "id": "b"}
+    resolved = tmp_path / "resolved.yaml"
+    dump_config(cfg, resolved)
+    assert "base" not in yaml.safe_load(resolved.read_text())
+    assert load_config(RLConfig, resolved) == cfg
+
+
+def test_a_problem_is_reported_where_it_stands(file: Path) -> None:
+    (file.parent / "base.yaml").write_text(
+        "train: {seed: x}\nrollout:\n  top_q: 1\n  group_size: 0\nrollout: {top_p: 1}\n"
+        "data:\n  sources:\n    - {path: a, weight: 2}\n"
+    )
+    file.write_text(
+        "base: base.yaml\nmodel: {hf_path: m}\ntrain:\n  run_dir: r\n"
+        "rollout: {group_size: -1}\ndata:\n  sources:\n    - name: b\n"
+    )
+    found = problems(file)
+    expected = [
+        "base.yaml:5: rollout: given twice, first on line 2: keep one",
+        "base.yaml:1: train.seed: found 'x'",
+        "run.yaml:3: train.num_steps: missing",
+        "run.yaml:7: data.sources.0.path: missing",  # not line 8 of the base, whose list is replaced
+        "run.yaml:5: rollout.group_size: found -1",  # not the base's, which is replaced
+    ]
+    assert [[line.startswith(start) for line in found].count(True) for start in expected] == [1] * 5
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        ("base: 3", "run.yaml:1: base: found 3, expected another YAML file"),
+        ("base:", "run.yaml:1: base: found null, expected another YAML file"),
+        ("base: none.yaml", "run.yaml:1: base: found no file none.yaml: expected a path relative to "),
+        ("base: run.yaml", "run.yaml:1: base: files build on each other in a circle (run.yaml -> run.yaml)"),
+        ("base: list.yaml", "list.yaml: found [1], expected sections"),
+        (
+            "base: other.yaml",
+            "other.yaml:2: base: files build on each other in a circle (run.yaml -> other.yaml -> run.yaml)",
+        ),
+    ],
+)
+def test_a_base_that_cannot_be_is_named(file: Path, base: str, expected: str) -> None:
+    (file.parent / "other.yaml").write_text("train: {seed: 1}\nbase: run.yaml\n")
+    (file.parent / "list.yaml").write_text("[1]\n")
+    file.write_text(f"{base}\n{MINIMAL}")
+    assert problem(file).startswith(expected)
+
+
 # --- rules across fields --------------------------------------------------------------------------
 
 
@@ -399,12 +470,14 @@ def test_push_minus_pull_lies_strictly_inside_the_clip_range(
 
 # --- what is shipped ------------------------------------------------------------------------------
 
-SHIPPED = sorted((ROOT / "examples").rglob("*.yaml"))
+SHIPPED = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if path.name != "base.yaml")
 
 
 def command_of(path: Path) -> type[BaseModel]:
     """The config class of a shipped YAML: its head says how it is run."""
-    commands = set(re.findall(r"^#.* -m (apo_megatron\.\w+) --config", path.read_text(), re.MULTILINE))
+    commands = set(
+        re.findall(r"^#.* -m ((?:apo_megatron|tools)\.\w+) --config", path.read_text(), re.MULTILINE)
+    )
     assert len(commands) == 1, (
         f"{path.name}: one comment must name its command (... -m apo_megatron.x --config ...)"
     )

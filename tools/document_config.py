@@ -48,6 +48,16 @@ train:
   run_dir: runs/first
   num_steps: 10
 ```
+
+A file may build on another one: `base: other.yaml` (a path relative to the file) puts the values of that
+file, which may have a base itself, under its own. Sections and mappings are merged field by field; anything
+else, lists too, replaces what the base has (`null` takes it back). The resolved configuration has no base.
+
+```yaml
+base: base.yaml
+model: {hf_path: Qwen/Qwen2.5-7B}
+train: {run_dir: runs/qwen2.5_7b}
+```
 """
 
 

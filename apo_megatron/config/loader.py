@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from apo_megatron.config.base_files import read_with_bases
 from apo_megatron.config.describe import (
     describe_type,
     describe_value,
@@ -21,7 +22,7 @@ from apo_megatron.config.describe import (
     item_section_of,
     section_of,
 )
-from apo_megatron.config.yaml_source import KeyPath, YamlError, YamlSource, read_yaml
+from apo_megatron.config.yaml_source import KeyPath, YamlError, read_yaml
 from apo_megatron.errors import ConfigError
 from apo_megatron.files import write_atomically
 
@@ -31,16 +32,14 @@ Config = TypeVar("Config", bound=BaseModel)
 def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Defaults < YAML at ``path`` < overrides (``section.field=value``, the value read as YAML).
 
+    The YAML may begin with ``base: other.yaml``, whose values then lie under its own (``base_files.py``).
+
     Raises ConfigError with one line for each problem: a file that is not there or not YAML, keys that are
     unknown (the nearest known one is named), given twice or missing, values of a wrong type or out of
     bounds, overrides of unknown fields, broken rules of the schema.
     """
-    source = _read_file(Path(path))
-    problems = [
-        f"{path}:{line}: {'.'.join(key)}: given twice, first on line {source.lines[key]}: keep one"
-        for key, line in source.repeated
-    ]
-    origins = {key: f"{path}:{line}" for key, line in source.lines.items()}
+    source = read_with_bases(Path(path))
+    problems, origins = list(source.problems), source.origins
     for override in overrides:
         problems += _apply_override(cls, source.values, origins, override)
     try:
@@ -59,24 +58,6 @@ def dump_config(cfg: BaseModel, path: str | Path) -> None:
     A reader never sees half a file.
     """
     write_atomically(path, yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-
-
-def _read_file(path: Path) -> YamlSource:
-    try:
-        source = read_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}): a configuration is YAML") from error
-    except YamlError as error:
-        place = str(path) if error.line is None else f"{path}:{error.line}"
-        raise ConfigError(f"{place}: not YAML: {error}") from error
-    if not isinstance(source.values, dict):
-        raise ConfigError(
-            f"{path}: found {describe_value(source.values)}, expected sections with their fields, as in "
-            "docs/configuration.md"
-        )
-    return source
 
 
 def _apply_override(

@@ -25,7 +25,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     print_line(
         f"{plan.setting.architecture.model_type}, {num_parameters(plan.setting.architecture) / 1e9:.2f} B "
         f"parameters in {plan.cfg.model.dtype}, recompute {plan.cfg.model.recompute}; {dims.world} ranks of "
-        f"{gib(plan.setting.device_bytes)}: {_layout_of(plan)}"
+        f"{gib(plan.setting.device_bytes)}: {layout_of(plan)}"
     )
     print_line(
         f"a step: {workload.num_sequences:,} sequences of up to {workload.sequence_length:,} tokens "
@@ -106,15 +106,8 @@ def plan_as_data(plan: Plan, proposals: Sequence[Plan]) -> dict[str, Any]:
     }
 
 
-def _line_printer(console: Console) -> Any:
-    # Lines are pasted into shells and logs: no wrapping, no mark-up.
-    def print_line(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-    return print_line
-
-
-def _layout_of(plan: Plan) -> str:
+def layout_of(plan: Plan) -> str:
+    """The mesh in short, such as "TP2 SP DP4"; axes of one rank are left out, but for data parallel."""
     dims = plan.dims
     sizes = {
         "TP": dims.tensor,
@@ -126,6 +119,14 @@ def _layout_of(plan: Plan) -> str:
     }
     named = [f"{name}{size}" for name, size in sizes.items() if size > 1]
     return " ".join([*named, *(["SP"] if dims.sequence_parallel else []), f"DP{dims.data}"])
+
+
+def _line_printer(console: Console) -> Any:
+    # Lines are pasted into shells and logs: no wrapping, no mark-up.
+    def print_line(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    return print_line
 
 
 def _memory_table(plan: Plan) -> Table:

@@ -197,6 +197,7 @@ def keep_running(cfg: RLConfig) -> None:
 
 def _publish(addresses: Sequence[ServerAddress], servers_file: str | None) -> None:
     if servers_file is not None:
+        Path(servers_file).parent.mkdir(parents=True, exist_ok=True)  # run_dir, where no run has begun yet
         entries = [{"name": address.name, "url": address.url} for address in addresses]
         write_atomically(servers_file, json.dumps(entries, indent=1) + "\n")
 
