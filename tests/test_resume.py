@@ -65,7 +65,7 @@ def _config(folder: Path, name: str, layout: str, **checkpoint: Any) -> dict[str
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     """The metrics of a run but for its times."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
