@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ History = Sequence[Mapping[str, float]]  # the lines of one metrics.jsonl
 
 def series(history: History, key: str) -> tuple[Floats, Floats]:
     """Steps [n] and values [n] that are finite; of several lines for one step (a resumed run) the last."""
-    found = {line["step"]: line[key] for line in history if np.isfinite(line.get(key, np.nan))}
+    found = {line["step"]: line[key] for line in history if math.isfinite(line.get(key, math.nan))}
     steps = sorted(found)
     return np.array(steps, dtype=float), np.array([found[step] for step in steps], dtype=float)
 
@@ -37,3 +38,8 @@ def thinned(steps: Floats, values: Floats, limit: int) -> tuple[Floats, Floats]:
         chosen |= {low + int(values[low:high].argmin()), low + int(values[low:high].argmax())}
     kept = sorted(chosen)
     return steps[kept], values[kept]
+
+
+def rounded(values: Floats) -> list[float]:
+    """To five digits: more nobody sees, and a page has to carry them."""
+    return [float(f"{value:.5g}") for value in values]

@@ -12,16 +12,15 @@ from urllib.parse import quote
 import numpy as np
 
 from apo_megatron.telemetry.run_report.findings import Finding
-from apo_megatron.telemetry.run_report.folders import CONFIG_FILE, STEP_SECONDS, RunRecord
+from apo_megatron.telemetry.run_report.folders import CONFIG_FILE, RunRecord
 from apo_megatron.telemetry.run_report.panels import Panel, panels_of
-from apo_megatron.telemetry.series import Floats, smooth, thinned
+from apo_megatron.telemetry.run_report.phases import phase_contents
+from apo_megatron.telemetry.series import Floats, rounded, smooth, thinned
 
 MAX_POINTS = 400  # of a curve, where the page has few runs
 MAX_POINTS_OF_ALL_RUNS = 1_600  # of one metric
 MAX_DIFFERENCES = 60
 MAX_SETTING_CHARACTERS = 200
-NUM_BARS = 60  # of the time per phase
-SMALL_PHASE = 0.01  # of a step: drawn with the others
 _FILES = (
     ("metrics.jsonl", "every metric of every step"),
     (CONFIG_FILE, "the resolved configuration"),
@@ -61,7 +60,7 @@ def page_contents(
         "always_zero": zero,
         "is_thinned": any(len(run.history) > limit for run in runs),
         "max_points": limit,
-        "phases": [_phases(run) for run in runs],
+        "phases": [phase_contents(run) for run in runs],
     }
 
 
@@ -181,66 +180,15 @@ def _curve(steps: Floats, values: Floats, is_points: bool, limit: int) -> dict[s
     raw_steps, raw = thinned(steps, values, limit)
     length = 1 if is_points else max(1, len(values) // 10)
     curve: dict[str, Any] = {
-        "raw": [_whole(raw_steps), _rounded(raw)],
-        "first": _rounded(values[:length].mean(keepdims=True))[0],
-        "last": _rounded(values[-length:].mean(keepdims=True))[0],
+        "raw": [_whole(raw_steps), rounded(raw)],
+        "first": rounded(values[:length].mean(keepdims=True))[0],
+        "last": rounded(values[-length:].mean(keepdims=True))[0],
     }
     if not is_points:
         kept = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), limit // 2)).astype(int))
-        curve["smooth"] = [_whole(steps[kept]), _rounded(smooth(values)[kept])]
+        curve["smooth"] = [_whole(steps[kept]), rounded(smooth(values)[kept])]
     return curve
-
-
-def _phases(run: RunRecord) -> dict[str, Any] | None:
-    """Seconds by phase: bars of neighbouring steps without evaluations, and a table of everything."""
-    steps, total = run.values(STEP_SECONDS)
-    if not len(steps):
-        return None
-    inside_others = {"time/step", "time/waiting_for_engine"}
-    names = sorted({k for line in run.history for k in line if k.startswith("time/")} - inside_others)
-    seconds = {
-        name.removeprefix("time/").replace("_", " "): np.array(
-            [_finite(line.get(name)) for line in run.history]
-        )
-        for name in names
-    }
-    everything = np.array([_finite(line.get("time/step")) for line in run.history])
-    other = np.maximum(everything - sum(seconds.values(), np.zeros(len(everything))), 0.0)
-    table = [*seconds.items(), ("other", other)]
-    whole = max(float(everything.sum()), 1e-12)
-    own = {name: values for name, values in seconds.items() if name != "evaluation"}
-    drawn = {
-        name: values for name, values in own.items() if values.sum() >= SMALL_PHASE * max(total.sum(), 1e-12)
-    }
-    rest = other + sum((v for name, v in own.items() if name not in drawn), np.zeros(len(everything)))
-    edges = np.linspace(0, len(everything), min(NUM_BARS, len(everything)) + 1).astype(int)
-    bars = [
-        _rounded(np.array([values[low:high].mean() for low, high in zip(edges[:-1], edges[1:], strict=True)]))
-        for values in (*drawn.values(), rest)
-    ]
-    all_steps = np.array([line["step"] for line in run.history])
-    return {
-        "names": [*drawn, "other"],
-        "ranges": [
-            [int(all_steps[low]), int(all_steps[high - 1])]
-            for low, high in zip(edges[:-1], edges[1:], strict=True)
-        ],
-        "bars": bars,
-        "table": [
-            [name, *_rounded(np.array([values.sum(), values.mean(), values.sum() / whole]))]
-            for name, values in sorted(table, key=lambda row: -row[1].sum())
-        ],
-    }
-
-
-def _finite(value: float | None) -> float:
-    return value if value is not None and np.isfinite(value) else 0.0
 
 
 def _whole(steps: Floats) -> list[int]:
     return [int(step) for step in steps]
-
-
-def _rounded(values: Floats) -> list[float]:
-    """To five digits: more nobody sees, and the page has to carry them."""
-    return [float(f"{value:.5g}") for value in values]

@@ -15,7 +15,7 @@ from apo_megatron.telemetry.run_report.learning_checks import LEARNING_CHECKS
 from apo_megatron.telemetry.run_report.machine_checks import MACHINE_CHECKS
 
 RUN_PAGE = "report.html"
-_CHECKS = (*MACHINE_CHECKS, *LEARNING_CHECKS)
+CHECKS = (*MACHINE_CHECKS, *LEARNING_CHECKS)
 _STYLE = "run.css"
 _SCRIPTS = ("line_charts.js", "phases.js", "tables.js", "run_page.js")
 
@@ -28,7 +28,7 @@ def write_run_report(folders: Sequence[Path], output: Path) -> list[tuple[str, F
     runs = read_runs(folders)
     output.parent.mkdir(parents=True, exist_ok=True)
     written = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    found = [(place, finding) for place, run in enumerate(runs) for finding in find(run, _CHECKS)]
+    found = [(place, finding) for place, run in enumerate(runs) for finding in find(run, CHECKS)]
     contents = page_contents(runs, found, written, output.parent.absolute())
     title = "Run: " + " / ".join(run.label for run in runs)
     head, tail = frame(title, [_packaged(_STYLE)], [_packaged(name) for name in _SCRIPTS])

@@ -1,6 +1,6 @@
 // Where the time of a step goes: bars of neighbouring steps, and shares of the whole.
 
-const PHASES = ["rollout", "update", "reference", "old log probs", "weight sync", "checkpoint", "rollout files", "cold start"];
+const PHASES = ["rollout", "update", "reference", "old log probs", "weight sync", "checkpoint", "cold start", "rollout files"];
 const phaseColour = (name) => (name === "other" ? "c0" : `c${1 + (Math.max(0, PHASES.indexOf(name)) % 7)}`);
 const seconds = (value) => `${plainNumber(value)} s`;
 
@@ -55,7 +55,8 @@ function phaseTable({ table }) {
 function phaseCards(phases, labels) {
   const shown = phases.map((of_run, run) => [of_run, run]).filter(([of_run]) => of_run);
   if (!shown.length) return [];
-  const names = [...new Set(shown.flatMap(([of_run]) => of_run.names))];
+  const place = (name) => (PHASES.includes(name) ? PHASES.indexOf(name) : name === "other" ? 99 : 98);
+  const names = [...new Set(shown.flatMap(([of_run]) => of_run.names))].sort((a, b) => place(a) - place(b));
   return [card("", "Time per phase",
     "Main rank. Bars leave evaluations out, the tables hold them; what is below 1 % of a step is drawn as other.",
     html("div", { class: "legend" }, names.map((name) => html("span", { class: `chip ${phaseColour(name)}` }, name))),
