@@ -18,6 +18,7 @@ import yaml
 from apo_megatron.errors import DataError, RunInterrupted
 from apo_megatron.report import main
 from apo_megatron.telemetry.outcome import OUTCOME_FILE, forget_outcome, write_outcome
+from apo_megatron.telemetry.run_report import page as run_page
 from apo_megatron.telemetry.run_report import write_run_report
 from apo_megatron.telemetry.run_report.findings import find
 from apo_megatron.telemetry.run_report.folders import PassAtK, RunRecord, read_runs
@@ -28,7 +29,7 @@ from apo_megatron.telemetry.series import smooth, thinned
 from tests.headless_browser import open_page
 
 NUM_STEPS = 200
-HOSTILE = "</script><script>document.documentElement.dataset.hacked = 1</script><img src=x onerror=alert(1)>"
+HOSTILE = "</script ></script><script>document.documentElement.dataset.hacked = 1</script><img src=x>"
 Line = dict[str, Any]
 
 
@@ -143,6 +144,7 @@ def test_each_problem_is_found_alone(change: Callable[[int, Line], None], severi
         setting("grad_norm", lambda i: 30.0 if i in (5, 9) else 1.0),
         setting("time/rollout", lambda i: 3.2),
         setting("memory/host_gib", lambda i: 4.0 + i / 100),
+        setting("memory/host_gib", lambda i: 1.0 + i / 100),
     ],
 )  # fmt: skip
 def test_what_is_below_a_threshold_is_no_finding(change: Callable[[int, Line], None]) -> None:
@@ -346,7 +348,21 @@ def test_long_runs_make_a_page_of_two_megabytes_at_most(tmp_path: Path) -> None:
     assert data_of(tmp_path / "report.html")["is_thinned"]
 
 
-def test_a_browser_shows_runs_and_obeys_no_name(tmp_path: Path) -> None:
+# A pointer over the first curve and over the first bars, at their right ends.
+PROBE = """
+const point = (catcher) => {
+  const { right, top } = catcher.getBoundingClientRect();
+  catcher.dispatchEvent(new PointerEvent("pointermove", { clientX: right - 1, clientY: top + 9 }));
+  return tip.textContent;
+};
+const shown = [".span4 .catcher", ".phases .catcher"].map((place) => point(document.querySelector(place)));
+document.documentElement.dataset.probe = JSON.stringify(shown);
+"""
+
+
+def test_a_browser_shows_runs_and_obeys_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packaged = run_page._packaged
+    monkeypatch.setattr(run_page, "_packaged", lambda n: packaged(n) + (PROBE if n == "run_page.js" else ""))
     lines = healthy_lines(60)
     for line in lines[9::10]:
         line |= {"eval/pass_at_1": 0.1 + line["step"] / 1000, "eval/pass_at_8": 0.9}
@@ -367,6 +383,9 @@ def test_a_browser_shows_runs_and_obeys_no_name(tmp_path: Path) -> None:
     assert not dom.find("img") and len(dom.find("script")) == 2
 
     data = data_of(page)
+    reward, step = json.loads(root["data-probe"])
+    assert reward.startswith("Reward, step 60") and f"this step {lines[-1]['reward']:.3g}" in reward
+    assert step.startswith("step 60: 5 s each") and "update2 s" in step
     num_curves = sum(curve is not None for panel in data["panels"] for curve in panel["series"])
     assert len(dom.find("path.line")) == num_curves + 2 and len(dom.find("path.band")) == 2
     paths = [attributes["d"] for attributes, _ in dom.find("path.line")]

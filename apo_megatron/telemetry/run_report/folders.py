@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import orjson
 import yaml
 
 from apo_megatron.errors import DataError
@@ -145,8 +146,8 @@ def _read_history(path: Path, problems: list[str]) -> list[dict[str, float]]:
     num_bad = 0
     for line in lines:
         try:
-            values = json.loads(line) if line.strip() else {}
-        except json.JSONDecodeError:
+            values = orjson.loads(line) if line.strip() else {}
+        except orjson.JSONDecodeError:
             values = None
         if not isinstance(values, dict) or (values and not isinstance(values.get("step"), int)):
             num_bad += 1
