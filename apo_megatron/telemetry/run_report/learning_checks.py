@@ -41,24 +41,25 @@ class _Ends:
     ones: tuple[float, float]
     many: tuple[float, float]
     source: str
-    overlap: bool = False  # the 95 % intervals of Pass@K
+    noise: float  # a fall of Pass@K that may be chance; infinite where that is not known
 
 
 def contraction(run: RunRecord) -> Iterator[Finding]:
     """Pass@1 rises while the largest K that both ends have falls: fewer problems can be solved at all."""
     found = _ends_of_run(run) or _ends_on_the_way(run)
-    if found is None or found.overlap:
+    if found is None:
         return
     (first_one, last_one), (first, last) = found.ones, found.many
     fall = first - last
-    if last_one - first_one < PASS_AT_1_RISE or fall < PASS_AT_K_FALL_NOTE:
+    may_be_chance = np.isfinite(found.noise) and fall <= found.noise
+    if last_one - first_one < PASS_AT_1_RISE or fall < PASS_AT_K_FALL_NOTE or may_be_chance:
         return
-    is_large = fall >= PASS_AT_K_FALL
+    is_large = fall >= PASS_AT_K_FALL and np.isfinite(found.noise)
     yield Finding(
         PROBLEM if is_large else NOTE,
         f"Pass@{found.k} fell from {percent(first)} to {percent(last)} while Pass@1 rose from "
         f"{percent(first_one)} to {percent(last_one)} ({found.source}): "
-        + ("the space is contracting." if is_large else "some of the space was lost, less than 10 points."),
+        + ("the space is contracting." if is_large else "some of the space was lost."),
         "A larger objective.apo_pull_coeff, or a lower optimizer.lr, holds more of it."
         if run.setting("objective.loss_mode") == "apo_ratio"
         else "Anchor the policy: objective.loss_mode=apo_ratio pulls wrong answers back to what the "
@@ -75,12 +76,14 @@ def _ends_of_run(run: RunRecord) -> _Ends | None:
     if len(ks) < 2 or ks[0] != 1:
         return None
     k = ks[-1]
-    overlap = final[k][2] >= start[k][1]
-    return _Ends(k, (start[1][0], final[1][0]), (start[k][0], final[k][0]), "start and end", overlap)
+    first, last = start[k], final[k]
+    noise = (first[0] - first[1]) + (last[2] - last[0])  # above it the intervals are apart
+    return _Ends(k, (start[1][0], final[1][0]), (first[0], last[0]), "start and end", noise)
 
 
 def _ends_on_the_way(run: RunRecord) -> _Ends | None:
-    """Of the evaluations between the ends, which have no intervals."""
+    """Of the evaluations between the ends, which have no intervals: noise is two standard errors of a
+    difference of two shares of the problems, which is more than that of a paired one."""
     names = {name for line in run.history for name in line if name.startswith(EVALUATION_PREFIX)}
     ks = sorted(int(name.removeprefix(EVALUATION_PREFIX)) for name in names)
     if len(ks) < 2 or ks[0] != 1:
@@ -90,7 +93,10 @@ def _ends_on_the_way(run: RunRecord) -> _Ends | None:
     if min(len(ones), len(many)) < 2:
         return None
     source = f"evaluations after steps {steps[0]:.0f} and {steps[-1]:.0f}"
-    return _Ends(ks[-1], (ones[0], ones[-1]), (many[0], many[-1]), source)
+    known = run.start or run.final
+    share = float(many[0] + many[-1]) / 2
+    noise = np.inf if known is None else 2 * np.sqrt(2 * share * (1 - share) / known.num_problems)
+    return _Ends(ks[-1], (ones[0], ones[-1]), (many[0], many[-1]), source, float(noise))
 
 
 def coverage(run: RunRecord) -> Iterator[Finding]:

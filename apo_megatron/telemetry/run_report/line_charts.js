@@ -14,7 +14,7 @@ const withUnit = (value, unit) => (unit === "%" ? `${plainNumber(100 * value)} %
 
 // As many decimals as tell the ticks apart.
 function tickText(tick, step) {
-  if (step < 1e-4 && tick !== 0) return tick.toExponential(1);
+  if (step < 1e-4) return tick === 0 ? "0" : tick.toExponential(1);
   const decimals = Math.max(0, -Math.floor(Math.log10(step) + 1e-9)), text = tick.toFixed(decimals);
   return Number(text) === Number(tick.toPrecision(12)) ? Number(text).toLocaleString("en-US", { minimumFractionDigits: decimals }) : tick.toFixed(decimals + 1);
 }

@@ -19,7 +19,7 @@ function header() {
 
 function findingsCard() {
   const found = report.findings;
-  if (!found.length) return html("p", { class: "fine", id: "findings" }, "None of the checks of this page found anything to look at.");
+  if (!found.length) return html("p", { class: "fine", id: "findings" }, "None of the checks of this page found anything to look at; most of them need 20 steps.");
   const item = ({ run, severity, text, advice, read }) => html("li", { class: `finding-${severity}` },
     html("p", {}, html("b", { class: "kind" }, severity === "problem" ? "\u25b2 look now" : "\u25cb note"), labels.length > 1 ? chip(run + 1, labels[run]) : null),
     html("p", { class: "what" }, text), html("p", { class: "advice" }, advice), html("p", { class: "read" }, "More: ", read));
@@ -41,7 +41,7 @@ function passCard() {
   const names = rows.map(name);
     const borrowed = given.filter((row) => row.borrowed_from !== null);
   const { num_problems: problems, num_samples: samples } = rows[0];
-  return card("", "Pass@K at start and end",
+  return card("", first ? "Pass@K at start and end" : "Pass@K at the end",
     `${grouped(problems)} held-out problems, ${grouped(samples)} samples each; 95 % intervals over problems. Another training seed may move more than they say. ` +
       borrowed.map((row) => `${labels[row.run]} starts from the same weights as ${row.borrowed_from}, which evaluated them. `).join(""),
     first ? passCurves({ ks, checkpoints: rows.map((row) => ({ pass_at_k: row.values })) }, names) : null,
