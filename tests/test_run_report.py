@@ -373,14 +373,15 @@ def test_a_browser_shows_runs_and_obeys_no_name(tmp_path: Path, monkeypatch: pyt
     lines = healthy_lines(60)
     for line in lines[9::10]:
         line |= {"eval/pass_at_1": 0.1 + line["step"] / 1000, "eval/pass_at_8": 0.9}
-    lines[30]["grad_norm"] = None
+    lines[30]["grad_norm"], lines[31]["grad_norm"] = None, 1e30
     files: Line = {
         "evaluation_start": evaluation_json(0.1, 0.9),
         "evaluation_final": evaluation_json(0.3, 0.7),
     }
     first = write_run(tmp_path / "one", lines, **files)
+    half = json.dumps({"outcome": "failed", "message": "half \ud800 a character"})
     hostile = {**CONFIG, "model": {"hf_path": HOSTILE}, "objective": {"loss_mode": HOSTILE}}
-    second = write_run(tmp_path / "<img src=x onerror=alert(1)>", lines[:20], hostile)
+    second = write_run(tmp_path / "<img src=x onerror=alert(1)>", lines[:20], hostile, outcome=half)
     third = write_run(tmp_path / "empty", [], None)
     page = tmp_path / "report.html"
     write_run_report([first, second, third], page)
@@ -402,6 +403,6 @@ def test_a_browser_shows_runs_and_obeys_no_name(tmp_path: Path, monkeypatch: pyt
     assert all(text in passes for text in ("10.0", "90.0", "30.0", "70.0", "68.0 \u2013 72.0"))
     findings = dom.find("ul#findings")[0][1]
     assert "the space is contracting" in findings
-    assert HOSTILE in dom.find("main")[0][1]
+    assert HOSTILE in dom.find("main")[0][1] and "half ? a character" in findings
     links = [attributes["href"] for attributes, _ in dom.find("a")]
     assert "./one/metrics.jsonl" in links and all(link.startswith("./") for link in links)

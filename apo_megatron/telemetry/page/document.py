@@ -50,7 +50,7 @@ def embedded_json(value: Any) -> bytes:
     try:
         text = orjson.dumps(value)
     except orjson.JSONEncodeError:  # half of a character, as the name of a file may hold
-        text = json.dumps(value, allow_nan=False).encode()
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False).encode(errors="replace")
     for character in "<>&\u2028\u2029":
         text = text.replace(character.encode(), f"\\u{ord(character):04x}".encode())
     return text

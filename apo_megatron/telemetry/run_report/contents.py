@@ -13,12 +13,13 @@ import numpy as np
 
 from apo_megatron.telemetry.run_report.findings import Finding
 from apo_megatron.telemetry.run_report.folders import CONFIG_FILE, RunRecord
-from apo_megatron.telemetry.run_report.panels import Panel, panels_of
+from apo_megatron.telemetry.run_report.panels import LEARNING, Panel, panels_of
 from apo_megatron.telemetry.run_report.phases import phase_contents
 from apo_megatron.telemetry.series import Floats, rounded, smooth, thinned
 
 MAX_POINTS = 400  # of a curve, where the page has few runs
 MAX_POINTS_OF_ALL_RUNS = 1_600  # of one metric
+FEWEST_POINTS = 20
 MAX_DIFFERENCES = 60
 MAX_SETTING_CHARACTERS = 200
 _FILES = (
@@ -42,11 +43,13 @@ def page_contents(
 ) -> dict[str, Any]:
     """``found``: (place of the run, finding); ``written``: date and time; links to files are relative to
     ``folder``, where the page will lie."""
-    limit = min(MAX_POINTS, MAX_POINTS_OF_ALL_RUNS // len(runs))
+    limit = max(FEWEST_POINTS, min(MAX_POINTS, MAX_POINTS_OF_ALL_RUNS // len(runs)))
     panels, zero = [], []
     for panel in panels_of(runs):
         values = [run.values(panel.key) for run in runs]
-        if panel.group != "Learning" and all(not of_run.any() for _, of_run in values):
+        if not any(len(of_run) for _, of_run in values):
+            continue
+        if panel.group != LEARNING and not any(of_run.any() for _, of_run in values):
             zero.append(panel.title)
         else:
             panels.append(_panel_contents(panel, values, limit))
@@ -56,7 +59,7 @@ def page_contents(
         "differences": _differences(runs),
         "findings": [{"run": place, **asdict(finding)} for place, finding in found],
         "pass_at_k": _pass_at_k(runs),
-        "panels": [panel for panel in panels if any(panel["series"])],
+        "panels": panels,
         "always_zero": zero,
         "is_thinned": any(len(run.history) > limit for run in runs),
         "max_points": limit,

@@ -225,6 +225,6 @@ def _start_of_another(run: RunRecord, runs: Sequence[RunRecord]) -> PassAtK | No
 
 def _start_settings(run: RunRecord) -> tuple[Any, ...]:
     evaluation = run.setting("evaluation", {})
-    measured = {name: value for name, value in evaluation.items() if name not in _SCHEDULE}
+    measured = {name: value for name, value in dict(evaluation).items() if name not in _SCHEDULE}
     model = (run.setting("model.hf_path"), run.setting("model.megatron_path"))
     return (*model, run.setting("rollout.max_new_tokens"), run.setting("reward.name"), measured)

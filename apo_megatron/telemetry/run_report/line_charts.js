@@ -58,7 +58,9 @@ function lineChart(panel, labels) {
     const right = width - room;
     const [low, high] = reach(series), axis = niceAxis(low * factor, high * factor, 4);
     const across = niceAxis(0, lastStep, width > 420 ? 6 : 4);
-    const x = scale(0, lastStep, left, right), yOf = scale(axis.from, axis.to, bottom, top), y = (value) => yOf(value * factor);
+    const x = scale(0, lastStep, left, right), yOf = scale(axis.from, axis.to, bottom, top);
+    // What is far outside the clip stays near it: browsers give up on coordinates like 1e20.
+    const y = (value) => Math.max(top - 1000, Math.min(bottom + 1000, yOf(value * factor)));
     const path = ([steps, values]) => steps.map((step, i) => `${i ? "L" : "M"}${x(step).toFixed(1)},${y(values[i]).toFixed(1)}`).join("");
     const drawn = series.map((curve, run) => [curve, run]).filter(([curve]) => curve);
     const thick = (curve) => curve.smooth || curve.raw;

@@ -71,7 +71,8 @@ def skipped_updates(run: RunRecord) -> Iterator[Finding]:
     total = float(values.sum())
     if not total:
         return
-    num_updates = len(values) * (run.setting("train.num_mini_batches") or 1)
+    per_step = run.setting("train.num_mini_batches", 1)
+    num_updates = len(values) * (per_step if isinstance(per_step, int) else 1)
     yield Finding(
         PROBLEM if total >= max(FEWEST_SPIKES, SKIPPED_UPDATES * num_updates) else NOTE,
         f"{total:.0f} of {num_updates:,} updates had a loss or gradient that is not finite and were skipped.",
