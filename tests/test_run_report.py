@@ -384,13 +384,15 @@ def test_a_browser_shows_runs_and_obeys_no_name(tmp_path: Path, monkeypatch: pyt
     second = write_run(tmp_path / "<img src=x onerror=alert(1)>", lines[:20], hostile, outcome=half)
     third = write_run(tmp_path / "empty", [], None)
     page = tmp_path / "report.html"
-    write_run_report([first, second, third], page)
+    write_run_report([third, first, second], page)
     dom = open_page(page, tmp_path / "profile")
     ((root, _),) = dom.find("html")
     assert root.get("data-state") == "drawn" and not {"data-failure", "data-hacked"} & set(root), root
     assert not dom.find("img") and len(dom.find("script")) == 2
 
     data = data_of(page)
+    ends = [attributes["class"] for attributes, text in dom.find("span.chip") if text == "one"]
+    assert set(ends) == {"chip c2"}  # one colour everywhere, though the first run has no evaluation
     reward, step = json.loads(root["data-probe"])
     assert reward.startswith("Reward, step 60") and f"this step {lines[-1]['reward']:.3g}" in reward
     assert step.startswith("step 60: 5 s each") and "update2 s" in step

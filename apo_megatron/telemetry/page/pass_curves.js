@@ -24,7 +24,8 @@ function verticalAxis(axis, y, left, right, title) {
 const valueRow = (m, label, value) =>
   html("tr", {}, html("td", {}, chip(m, short(label, 40))), html("td", {}, html("b", {}, percent(value[0]))), html("td", {}, interval(value)));
 
-function passCurves(benchmark, labels) {
+// ``places`` are those of the curves among the colours.
+function passCurves(benchmark, labels, places = labels.map((_, m) => m)) {
   const rows = benchmark.checkpoints.map((checkpoint) => benchmark.ks.map((k) => checkpoint.pass_at_k[k]));
   return chart((width) => {
     const height = 350, left = 42, top = 30, bottom = height - 42;
@@ -53,7 +54,7 @@ function passCurves(benchmark, labels) {
       svg("text", { class: "title", x: (left + right) / 2, y: height - 4, "text-anchor": "middle" }, "K, samples per problem (log scale)"),
       rows.map((row, m) =>
         svg("path", {
-          class: `band ${colour(m)}`,
+          class: `band ${colour(places[m])}`,
           d: path(row.map((value) => value[2])) + path(row.map((value) => value[1])).split(/(?=[ML])/).reverse().join("").replace(/M/g, "L") + "Z",
         }),
       ),
@@ -61,8 +62,8 @@ function passCurves(benchmark, labels) {
       rows.map((row, m) =>
         svg(
           "g",
-          { class: colour(m) },
-          svg("path", { class: m < 8 ? "line" : "line second-round", d: path(row.map((value) => value[0])) }),
+          { class: colour(places[m]) },
+          svg("path", { class: places[m] < 8 ? "line" : "line second-round", d: path(row.map((value) => value[0])) }),
           row.map((value, i) => svg("circle", { class: "point", cx: x(logs[i]), cy: y(value[0]), r: 3.6 })),
           svg("text", { class: "label", x: right + 6, y: ends[m] + 4 }, short(labels[m], Math.floor((room - 6) / LETTER))),
         ),
@@ -74,7 +75,7 @@ function passCurves(benchmark, labels) {
           cursor.setAttribute("x1", x(logs[i]));
           cursor.setAttribute("x2", x(logs[i]));
           cursor.classList.add("on");
-          showTip(event, html("b", {}, `Pass@${benchmark.ks[i]}, %, and 95 % interval`), html("table", {}, rows.map((row, m) => valueRow(m, labels[m], row[i]))));
+          showTip(event, html("b", {}, `Pass@${benchmark.ks[i]}, %, and 95 % interval`), html("table", {}, rows.map((row, m) => valueRow(places[m], labels[m], row[i]))));
         },
         pointerleave: () => { cursor.classList.remove("on"); hideTip(); },
       }),

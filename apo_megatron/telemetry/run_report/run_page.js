@@ -39,13 +39,15 @@ function passCard() {
   const isOneStart = starts.length === 1;
   const name = (row) => (row.when === "end" ? (labels.length > 1 ? `${labels[row.run]}` : "end") : isOneStart || labels.length === 1 ? "start" : `${labels[row.run]}, start`);
   const names = rows.map(name);
+  // The colour of its run, dashed for one of several starts.
+  const places = rows.map((row) => (row === first ? 0 : row.run + (row.when === "end" ? 1 : 8)));
     const borrowed = given.filter((row) => row.borrowed_from !== null);
   const { num_problems: problems, num_samples: samples } = rows[0];
   return card("", first ? "Pass@K at start and end" : "Pass@K at the end",
     `${grouped(problems)} held-out problems, ${grouped(samples)} samples each; 95 % intervals over problems. Another training seed may move more than they say. ` +
       borrowed.map((row) => `${labels[row.run]} starts from the same weights as ${row.borrowed_from}, which evaluated them. `).join(""),
-    first ? passCurves({ ks, checkpoints: rows.map((row) => ({ pass_at_k: row.values })) }, names) : null,
-    passTable(rows, ks, name, first ? 0 : 1));
+    first ? passCurves({ ks, checkpoints: rows.map((row) => ({ pass_at_k: row.values })) }, names, places) : null,
+    passTable(rows, ks, names, places));
 }
 
 function panelCards() {

@@ -10,11 +10,11 @@ function numbersTable(panels, labels) {
         panel.series.map((curve) => html("td", {}, cell(curve, panel.unit))))))));
 }
 
-function passTable(rows, ks, name, firstColour) {
+function passTable(rows, ks, names, places) {
   return html("div", { class: "scroll" }, html("table", { class: "numbers", id: "pass-at-k" },
     html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "Pass@K, %"), ks.map((k) => html("th", { scope: "col" }, `@${k}`)))),
     html("tbody", {}, rows.map((row, place) => html("tr", {},
-      html("th", { scope: "row" }, chip(place + firstColour, name(row))),
+      html("th", { scope: "row" }, chip(places[place], names[place])),
       ks.map((k) => html("td", {}, html("b", {}, percent(row.values[k][0])), html("small", { class: "below" }, interval(row.values[k])))))))));
 }
 
