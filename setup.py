@@ -63,7 +63,11 @@ setup(
     packages=find_packages(
         include=["apo_megatron", "apo_megatron.*", "checkpoints_convert", "checkpoints_convert.*"]
     ),
-    package_data={"apo_megatron.evaluation.report": ["*.html", "*.css", "*.js"]},
+    package_data={
+        "apo_megatron.evaluation.report": ["*.css", "*.js"],
+        "apo_megatron.telemetry.page": ["*.html", "*.css", "*.js"],
+        "apo_megatron.telemetry.run_report": ["*.css", "*.js"],
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={

@@ -20,12 +20,15 @@ from apo_megatron.evaluation.harness import evaluate_pass_at_k
 from apo_megatron.evaluation.result import PassAtKResult
 from apo_megatron.files import write_atomically
 from apo_megatron.parallel.collectives import all_gather_objects, any_rank, barrier
+from apo_megatron.parallel.memory_use import memory_metrics
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.rollout.engine import RolloutEngine
 from apo_megatron.rollout.sampler import StepSamples
 from apo_megatron.rollout.step_files import StepFiles
 from apo_megatron.telemetry.metrics import METRICS_FILE, MetricsLogger, check_destinations
+from apo_megatron.telemetry.outcome import forget_outcome, write_outcome
 from apo_megatron.telemetry.progress import Advance, RunDisplay
+from apo_megatron.telemetry.run_report import RUN_PAGE, write_run_report
 from apo_megatron.telemetry.stop_request import StopRequest
 from apo_megatron.training_data import TrainingData
 from apo_megatron.weight_sync import WeightSync
@@ -98,6 +101,7 @@ class Run:
             self._closing.callback(self._step_files.close)
         if self._parallel.is_main:
             dump_config(self._cfg, self.folder / "config.yaml")
+            forget_outcome(self.folder)
         return start
 
     def finish(self, checkpointer: Checkpointer, actor: MegatronActor) -> None:
@@ -140,7 +144,7 @@ class Run:
         asks to stop; the state is saved before either.
         """
         assert self._logger is not None, "resume comes first"
-        self._metrics = {**metrics, **self._display.timings()}
+        self._metrics = {**metrics, **self._display.timings(), **memory_metrics(self._parallel)}
         self._logger.log(step + 1, self._metrics)
         self._display.step_line(step + 1, metrics)
         has_diverged = actor.most_consecutive_skips >= self._cfg.train.max_skipped_updates
@@ -204,10 +208,13 @@ class Run:
         self._display.close()
         if self._logger is not None:
             self._logger.close()
+        if self._parallel.is_main:
+            write_outcome(self.folder, error)
         if self._parallel.is_main and kind is None:
             from apo_megatron.telemetry.plots import run_picture  # here: matplotlib, on one rank only
 
             run_picture(self.folder)
+            write_run_report([self.folder], self.folder / RUN_PAGE)
 
 
 @contextmanager

@@ -427,14 +427,14 @@ def test_page_and_terminal_warn_of_the_same(
     assert not [w for w in data_of(out)["warnings"] if "Holm" in w["text"]]
 
 
-def test_all_parts_of_the_page_are_packaged() -> None:
+def test_all_parts_of_the_pages_are_packaged() -> None:
     source = (ROOT / "setup.py").read_text()
-    patterns = ast.literal_eval(re.search(r"package_data=(\{.*\})", source)[1])  # type: ignore[index]
-    folder = ROOT / "apo_megatron" / "evaluation" / "report"
-    files = [p.name for p in folder.iterdir() if p.is_file() and p.suffix != ".py"]
-    assert files and all(
-        any(fnmatch(name, p) for p in patterns["apo_megatron.evaluation.report"]) for name in files
-    )
+    patterns = ast.literal_eval(re.search(r"package_data=(\{.*?\})", source, re.DOTALL)[1])  # type: ignore[index]
+    files = [p for suffix in ("html", "css", "js") for p in (ROOT / "apo_megatron").rglob(f"*.{suffix}")]
+    assert len(files) > 10
+    for path in files:
+        package = ".".join(path.parent.relative_to(ROOT).parts)
+        assert any(fnmatch(path.name, pattern) for pattern in patterns[package]), path
 
 
 # What a reader would do, and what he then sees.

@@ -65,7 +65,7 @@ def _config(folder: Path, name: str, layout: str, **checkpoint: Any) -> dict[str
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     """The metrics of a run but for its times."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -93,6 +93,9 @@ def test_three_steps_and_three_in_new_processes_equal_six(folder: Path, layout: 
     saved = folder / halves / "checkpoints" / "step_000003"
     assert f"SIGTERM received: stopped after step 3 of 6, the state is saved in {saved}" in begun["ended"]
     assert "--resume auto" in begun["ended"]
+    outcomes = [json.loads((folder / name / "outcome.json").read_text()) for name in (straight, halves)]
+    assert [outcome["outcome"] for outcome in outcomes] == ["finished", "interrupted"]
+    assert begun["ended"] in outcomes[1]["message"]
     assert [path.name for path in sorted(saved.parent.iterdir())] == ["latest", "step_000003"]
     shutil.copytree(folder / halves, folder / moved)
 

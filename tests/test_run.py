@@ -19,6 +19,7 @@ from apo_megatron.run import Run
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "any_rank", lambda flag, parallel: flag)
     monkeypatch.setattr(run_module, "barrier", lambda parallel: None)
+    monkeypatch.setattr(run_module, "memory_metrics", lambda parallel: {})
     monkeypatch.setattr(run_module, "HFExporter", MagicMock())
 
 

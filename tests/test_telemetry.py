@@ -25,6 +25,7 @@ from apo_megatron.telemetry import command, plots, progress
 from apo_megatron.telemetry.command import parse_command_line, run_command
 from apo_megatron.telemetry.metrics import MetricsLogger, read_metrics
 from apo_megatron.telemetry.progress import RunDisplay, duration, short_count
+from apo_megatron.telemetry.series import smooth
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = LoggingConfig(tensorboard=False)
@@ -430,5 +431,5 @@ def test_labels_never_overlap_and_curves_keep_their_mean() -> None:
     heights = plots._spread([93.0, 92.7, 99.3, 92.2], 4.5)
     assert np.diff(np.sort(heights)).min() > 4.4
     assert np.argsort(heights).tolist() == [3, 1, 0, 2]
-    np.testing.assert_allclose(plots._smooth(np.full(200, 0.3)), 0.3, rtol=1e-12)
-    np.testing.assert_allclose(plots._smooth(np.arange(200.0))[10:-10], np.arange(10.0, 190.0), rtol=1e-12)
+    np.testing.assert_allclose(smooth(np.full(200, 0.3)), 0.3, rtol=1e-12)
+    np.testing.assert_allclose(smooth(np.arange(200.0))[10:-10], np.arange(10.0, 190.0), rtol=1e-12)

@@ -109,6 +109,7 @@ def test_a_run_leaves_config_metrics_evaluations_picture_and_model(
         "reference_anchor_mass_p05", "sampled_in_support", "clip_fraction_low", "clip_fraction_high",
         "rectified_clip_fraction", "kl_old", "kl_old_to_reference", "mixed_group_share", "response_length",
         "truncation_rate", "grad_norm", "mismatch/log_prob_gap_max", "time/rollout", "time/update",
+        "memory/host_gib",
     }  # fmt: skip
     assert watched <= rows[-1].keys()
     assert rows[0]["mismatch/log_prob_gap_max"] < 1e-4
@@ -120,6 +121,8 @@ def test_a_run_leaves_config_metrics_evaluations_picture_and_model(
         assert list(evaluation["pass_at_k"]) == ["1", "4", "8"]
         assert len(evaluation["num_correct"]) == 6
     assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "finished: step" in (folder / "report.html").read_text()
+    assert json.loads((folder / "outcome.json").read_text())["outcome"] == "finished"
     assert not list(folder.glob(".*partial"))
 
 

@@ -19,12 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from apo_megatron.telemetry.metrics import METRICS_FILE, read_metrics
+from apo_megatron.telemetry.series import History, series, smooth
 
 RUN_PICTURE = "training_curves.png"
 BASE = "base"
 DPI = 150
-
-History = Sequence[Mapping[str, float]]  # the lines of one metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -207,8 +206,8 @@ def _spread(values: Sequence[float], gap: float) -> list[float]:
 def _draw_runs(axis: Axes, panel: Panel, runs: Sequence[History], style: Style) -> None:
     """Several runs: each thin, their mean thick. One run: its values thin, their running mean thick."""
     scale = 100 if panel.percent else 1
-    series = [_series(run, panel) for run in runs]
-    drawn = [(steps, scale * values) for steps, values in series if steps.size]
+    found = [_series(run, panel) for run in runs]
+    drawn = [(steps, scale * values) for steps, values in found if steps.size]
     if not drawn:
         return
     steps, mean = _mean_of_runs(drawn)
@@ -216,22 +215,21 @@ def _draw_runs(axis: Axes, panel: Panel, runs: Sequence[History], style: Style) 
         axis.plot(steps, mean, style.line, color=style.color, lw=1.9, marker="o", ms=3.5, zorder=3)
     else:
         marker = "." if len(steps) < 10 else ""
-        axis.plot(steps, _smooth(mean), style.line, color=style.color, lw=1.9, marker=marker, zorder=3)
+        axis.plot(steps, smooth(mean), style.line, color=style.color, lw=1.9, marker=marker, zorder=3)
     for steps, values in drawn:
         if len(drawn) > 1:
-            shown = values if panel.points else _smooth(values)
+            shown = values if panel.points else smooth(values)
             axis.plot(steps, shown, color=style.color, alpha=0.4, lw=0.8, zorder=2)
         elif not panel.points:
             axis.plot(steps, values, color=style.color, alpha=0.3, lw=0.8, zorder=1)
 
 
 def _series(history: History, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [n] and values [n] that are finite; of several lines for one step (a resumed run) the last."""
+    """Steps [n] and values [n] of the first of the panel's keys that has any."""
     for key in panel.keys:
-        found = {line["step"]: line[key] for line in history if np.isfinite(line.get(key, np.nan))}
-        if found:
-            steps = np.array(sorted(found))
-            return steps, np.array([found[step] for step in steps], dtype=float)
+        steps, values = series(history, key)
+        if steps.size:
+            return steps, values
     return np.array([]), np.array([])
 
 
@@ -241,15 +239,6 @@ def _mean_of_runs(runs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.nda
     for other, _ in runs[1:]:
         steps = np.intersect1d(steps, other)
     return steps, np.mean([values[np.isin(own, steps)] for own, values in runs], axis=0)
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over a twentieth of the points (an odd number), narrower at the ends."""
-    half = len(values) // 40
-    sums = np.cumsum(np.append(0.0, values))
-    centers = np.arange(len(values))
-    low, high = np.maximum(centers - half, 0), np.minimum(centers + half + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
 
 
 def _finish_panel(axis: Axes, panel: Panel) -> None:

@@ -1,16 +1,10 @@
-"""Writes the page: a template, style and scripts, and the data as JSON that no output can break out of."""
+"""Writes the page about evaluations: its frame, and the data, benchmark by benchmark."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cache
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import BinaryIO
 
 from apo_megatron.evaluation.report.contents import benchmark_contents, compare_with_first
@@ -21,12 +15,13 @@ from apo_megatron.evaluation.report.reader_warnings import (
     general_warnings,
     merged,
 )
-from apo_megatron.evaluation.report.samples import choose_samples, embedded_json
+from apo_megatron.evaluation.report.samples import choose_samples
 from apo_megatron.files import written_aside
+from apo_megatron.telemetry.page.document import frame, packaged, write_json
 
 MAX_SAMPLE_BYTES = 24 * 2**20  # of all samples in the page
-_SCRIPTS = ("elements.js", "curves.js", "problems.js", "tables.js", "browser.js", "page.js")
-_DATA_MARK = "<!-- data -->"
+_STYLE = "samples.css"
+_SCRIPTS = ("curves.js", "problems.js", "tables.js", "browser.js", "page.js")
 
 
 def write_report(folders: Sequence[Path], output: Path) -> list[Warned]:
@@ -65,7 +60,7 @@ def _write_data(file: BinaryIO, evaluations: Sequence[Evaluation]) -> list[Warne
             chosen = choose_samples(evaluation.generations(name), result, room // num_left)
             num_disagreeing.append(chosen.num_disagreeing)
             samples = [[sample.to_json() for sample in samples] for samples in chosen.by_problem]
-            written = _write_json(file, f"samples-{place}-{checkpoint}", samples)
+            written = write_json(file, f"samples-{place}-{checkpoint}", samples)
             room, num_left = room - written, num_left - 1
             contents["checkpoints"][checkpoint] |= {
                 "num_shown": chosen.num_shown,
@@ -74,7 +69,7 @@ def _write_data(file: BinaryIO, evaluations: Sequence[Evaluation]) -> list[Warne
         warned += benchmark_warnings(evaluations, name, comparisons, problems, num_disagreeing)
         benchmarks.append(contents)
     warned = merged([*warned, *general_warnings(evaluations)])
-    _write_json(
+    write_json(
         file,
         "report",
         {
@@ -86,37 +81,11 @@ def _write_data(file: BinaryIO, evaluations: Sequence[Evaluation]) -> list[Warne
     return warned
 
 
-def _write_json(file: BinaryIO, name: str, value: object) -> int:
-    """Returns the number of bytes."""
-    return sum(
-        file.write(part)
-        for part in (
-            f'<script type="application/json" id="{name}">'.encode(),
-            embedded_json(value),
-            b"</script>\n",
-        )
-    )
-
-
 def _frame(evaluations: Sequence[Evaluation]) -> tuple[bytes, bytes]:
     """The page before and after the data."""
-    style, script = _packaged("page.css"), "\n".join(map(_packaged, _SCRIPTS))
-    page = Template(_packaged("page.html")).substitute(
-        title=html.escape(" / ".join(evaluation.label for evaluation in evaluations)),
-        style=style,
-        style_hash=_hash(style),
-        script=script,
-        script_hash=_hash(script),
-    )
-    head, tail = page.split(_DATA_MARK)
-    return head.encode(errors="replace"), tail.encode()
+    title = "Evaluation: " + " / ".join(evaluation.label for evaluation in evaluations)
+    return frame(title, [_packaged(_STYLE)], [_packaged(name) for name in _SCRIPTS])
 
 
-@cache
 def _packaged(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8").strip()
-
-
-def _hash(text: str) -> str:
-    """As a Content-Security-Policy names the only style, or script, that may act."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return packaged(__package__, name)

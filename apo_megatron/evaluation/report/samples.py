@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from apo_megatron.errors import DataError
 from apo_megatron.evaluation.report.folders import BenchmarkResult
 from apo_megatron.evaluation.report.json_lines import read_json_lines
+from apo_megatron.telemetry.page.document import embedded_json
 
 MAX_SAMPLES = 8  # per problem and checkpoint
 MAX_CHARACTERS = 4_000  # of a text
@@ -89,14 +89,6 @@ def choose_samples(folder: Path, result: BenchmarkResult, room: int) -> ChosenSa
         if sum(len(embedded_json([s.to_json() for s in samples])) for samples in chosen) <= room:
             return ChosenSamples(chosen, num_shown, num_characters, num_disagreeing)
     return ChosenSamples([[] for _ in problems], 0, 0, num_disagreeing)
-
-
-def embedded_json(value: Any) -> bytes:
-    """JSON that can stand in a script element: no "<", so no tag or comment, and no line end but \\n."""
-    text = orjson.dumps(value)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character.encode(), f"\\u{ord(character):04x}".encode())
-    return text
 
 
 class _Choice:
