@@ -23,11 +23,11 @@ from apo_megatron.health.stamp import (
     CollectiveCount,
     LastCollective,
     Stamp,
-    rank_list,
     read_stamp,
     write_stamp,
 )
 from apo_megatron.health.watchdog import put_away
+from apo_megatron.parallel.collective_log import rank_list
 from apo_megatron.telemetry.command import EXIT_STALLED
 from tests.distributed import ROOT, DistributedRun, run_distributed
 from tests.tiny_models import make_tiny_model
@@ -72,13 +72,17 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
 
-@pytest.mark.parametrize(("victim", "how"), [(1, "frozen"), (0, "frozen"), (1, "sleeping")])
+# Asleep as the last of two stages, so that the first waits for its message.
+@pytest.mark.parametrize(
+    ("victim", "how", "num_stages"), [(1, "frozen", 1), (0, "frozen", 1), (1, "sleeping", 2)]
+)
 def test_the_rank_that_stops_is_named_and_the_run_goes_on_from_its_checkpoint(
-    folder: Path, victim: int, how: str
+    folder: Path, victim: int, how: str, num_stages: int
 ) -> None:
     name = f"{how}_{victim}"
     run_dir, other = folder / name, 1 - victim
     payload = _payload(folder, name, victim=victim, how=how)
+    payload["config"]["parallel"]["pipeline_parallel_size"] = num_stages
     with DistributedRun(2, TARGET, payload) as run:
         codes = run.exit_codes(timeout=90)
         deadline = time.monotonic() + 10
@@ -101,7 +105,7 @@ def test_the_rank_that_stops_is_named_and_the_run_goes_on_from_its_checkpoint(
     alive = [other] if how == "frozen" else [0, 1]
     assert reports == [f"rank_{rank:05d}.txt" for rank in alive]
     stack = (run_dir / "hang" / f"rank_{other:05d}.txt").read_text()
-    assert "thread MainThread" in stack and "in train: " in stack and "all ranks (ranks 0, 1)" in stack
+    assert "thread MainThread" in stack and "in train: " in stack and "world (ranks 0, 1)" in stack
     stalled = read_stamp(run_dir, other)
     assert stalled is not None and STALL_SECONDS <= stalled.idle_seconds < STALL_SECONDS + 5
 
@@ -235,8 +239,8 @@ def test_who_has_issued_fewer_collectives_and_waits_for_nobody_is_behind() -> No
     )
     assert found.behind == (3,)
     assert found.sentences[0] == (
-        "Rank 3 (host node, pid 103) is behind: it has issued 5 collectives of tp2 (ranks 2, 3), others there "
-        "6. It is in step 3, update (2 of 8), micro-batch 1 of 4, at /x/torch/a.py:1 in f: wait(), called by "
+        "Rank 3 (host node, pid 103) is behind: of tp2 it has issued 5, others 6. It is in step 3, "
+        "update (2 of 8), micro-batch 1 of 4, at /x/torch/a.py:1 in f: wait(), called by "
         "/x/apo_megatron/run.py:2 in g: f()."
     )
     assert found.sentences[1].startswith("Ranks 0-2: step 3, update (2 of 8), micro-batch 1 of 4; last")

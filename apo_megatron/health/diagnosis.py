@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from apo_megatron.health.processes import STATES
-from apo_megatron.health.stamp import CollectiveCount, Stamp, rank_list
+from apo_megatron.health.stamp import CollectiveCount, Stamp
+from apo_megatron.parallel.collective_log import rank_list
 
 # The state of a rank's process, a letter of STATES: "" for one on another host, None where it is gone.
 StateOf = Callable[[Stamp], str | None]
@@ -101,8 +102,8 @@ def _behind_in_collectives(stamps: Sequence[Stamp]) -> dict[int, str]:
 def _why_behind(stamp: Stamp, missing: Sequence[tuple[int, int, CollectiveCount]]) -> str:
     count, highest, group = max(missing, key=lambda item: item[1] - item[0])
     return (
-        f"Rank {stamp.rank} (host {stamp.host}, pid {stamp.pid}) is behind: it has issued {count} "
-        f"collectives of {group.label} ({rank_list(group.ranks)}), others there {highest}. "
+        f"Rank {stamp.rank} (host {stamp.host}, pid {stamp.pid}) is behind: of {group.label} "
+        f"it has issued {count}, others {highest}. "
         f"It is in {stamp.place}, at {_position(stamp)}."
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from apo_megatron.health.diagnosis import Diagnosis, StateOf, idle_seconds
-from apo_megatron.health.stamp import Stamp, rank_list
+from apo_megatron.health.stamp import Stamp
 
 _ADVICE = """\
 What to do
@@ -28,7 +28,7 @@ def rank_report(stamp: Stamp) -> str:
         f"in {stamp.place}; no progress for {stamp.idle_seconds:.0f} s",
         f"last collective: {stamp.last_collective_text}",
         "collectives issued:",
-        *(f"  {group.count:>8}  {group.label} ({rank_list(group.ranks)})" for group in stamp.groups.values()),
+        *(f"  {group.count:>8}  {group.label}" for group in stamp.groups.values()),
     ]
     frames = sys._current_frames()
     for thread in threading.enumerate():  # the main thread is the first

@@ -17,7 +17,7 @@ _PLACE_BYTES = 512
 
 @dataclass(frozen=True)
 class CollectiveCount:
-    """How many collectives of a group (or messages from its first member to its second) a rank has issued."""
+    """How many collectives of a group (or messages between two of its members) a rank has issued."""
 
     label: str
     ranks: tuple[int, ...]
@@ -50,14 +50,13 @@ class Stamp:
 
     @property
     def last_collective_text(self) -> str:
-        """``allreduce of 3 elements over tensor_model_parallel (ranks 0-3)``."""
+        """``allreduce of 3 elements, tensor_model_parallel (ranks 0-3)``."""
         last = self.last_collective
         if last is None:
             return "none"
-        group = self.groups[last.key]
         plural = "s" if last.num_elements > 1 else ""
         size = f" of {last.num_elements} element{plural}" if last.num_elements else ""
-        return f"{last.name}{size} over {group.label} ({rank_list(group.ranks)})"
+        return f"{last.name}{size}, {self.groups[last.key].label}"
 
 
 def write_stamp(run_dir: Path, stamp: Stamp) -> None:
@@ -110,18 +109,6 @@ class PlaceFile:
 
     def close(self) -> None:
         os.close(self._descriptor)
-
-
-def rank_list(ranks: tuple[int, ...]) -> str:
-    """``rank 3``, ``ranks 0-7``, ``ranks 0, 8, ... 56`` (every eighth) or ``ranks 0, 1, 5``."""
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    strides = {after - before for before, after in zip(ranks, ranks[1:], strict=False)}
-    if len(ranks) > 2 and strides == {1}:
-        return f"ranks {ranks[0]}-{ranks[-1]}"
-    if len(ranks) > 3 and len(strides) == 1:
-        return f"ranks {ranks[0]}, {ranks[1]}, ... {ranks[-1]}"
-    return "ranks " + ", ".join(map(str, ranks))
 
 
 def _stamp_path(run_dir: Path, rank: int) -> Path:

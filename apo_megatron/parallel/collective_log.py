@@ -29,7 +29,8 @@ _COLLECTIVES = (
 class GroupCount:
     """Collectives of one group, or messages from one member to another, counted by this rank.
 
-    ``key`` is the same on all members and unlike that of other groups; ``ranks`` are those of the world.
+    ``key`` is the same on all members and unlike that of other groups; ``label`` is for people; ``ranks`` are
+    those of the world. A message counts where it is sent, and where it is received.
     """
 
     key: str
@@ -61,9 +62,10 @@ class CollectiveLog:
         place = (id(group), sender, receiver)
         counted = self.groups.get(place)
         if counted is None:
-            whole = _group_count(group)
-            ranks = tuple(whole.ranks[member] for member in (sender, receiver))
-            counted = GroupCount(f"{whole.key}:{sender}>{receiver}", whole.label, ranks)
+            members = dist.get_process_group_ranks(group)
+            ends = members[sender], members[receiver]
+            label = f"messages from rank {ends[0]} to rank {ends[1]} in {_name(group)}"
+            counted = GroupCount(f"{group.group_name}:{sender}>{receiver}", label, ends)
             self.groups[place] = counted
         self._count(name, counted, payload)
 
@@ -117,12 +119,23 @@ def _counted_message(name: str, original: Callable[..., Any], is_sender: bool) -
 
 def _group_count(group: dist.ProcessGroup) -> GroupCount:
     ranks = tuple(dist.get_process_group_ranks(group))
-    label = _label(group.group_desc)
-    return GroupCount(group.group_name, label, ranks)
+    return GroupCount(group.group_name, f"{_name(group)} ({rank_list(ranks)})", ranks)
 
 
-def _label(description: str) -> str:
-    """Megatron's name of a group without what is the same in all: ``data_parallel_with_cp``."""
-    if description == "default_pg":
-        return "all ranks"
-    return "_".join(word for word in description.lower().split("_") if word != "group")
+def _name(group: dist.ProcessGroup) -> str:
+    """Megatron's, without what is the same in all: ``data_parallel_with_cp``."""
+    if group.group_desc == "default_pg":
+        return "world"
+    return "_".join(word for word in group.group_desc.lower().split("_") if word != "group")
+
+
+def rank_list(ranks: tuple[int, ...]) -> str:
+    """``rank 3``, ``ranks 0-7``, ``ranks 0, 8, ... 56`` (every eighth) or ``ranks 0, 1, 5``."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    strides = {after - before for before, after in zip(ranks, ranks[1:], strict=False)}
+    if len(ranks) > 2 and strides == {1}:
+        return f"ranks {ranks[0]}-{ranks[-1]}"
+    if len(ranks) > 3 and len(strides) == 1:
+        return f"ranks {ranks[0]}, {ranks[1]}, ... {ranks[-1]}"
+    return "ranks " + ", ".join(map(str, ranks))

@@ -75,8 +75,9 @@ def count_collectives(payload: dict[str, Any]) -> dict[str, int]:
         before = collective_log.log.num_issued
         call()
         counts[name] = collective_log.log.num_issued - before
-    labels = {(group.label, group.ranks) for group in collective_log.log.groups.values()}
-    assert labels == {("all ranks", (0, 1)), ("all ranks", (1, 0)), ("sub", (0, 1))}, labels
+    messages = "messages from rank {} to rank {} in world"
+    expected = {"world (ranks 0, 1)", "sub (ranks 0, 1)", messages.format(0, 1), messages.format(1, 0)}
+    assert {group.label for group in collective_log.log.groups.values()} == expected
     last = collective_log.log.last
-    assert last is not None and (last[0], last[1].label, last[2]) == ("allreduce", "sub", 2)
+    assert last is not None and (last[0], last[1].label, last[2]) == ("allreduce", "sub (ranks 0, 1)", 2)
     return counts
