@@ -98,7 +98,11 @@ class Watchdog:
         while not self._ending.wait(self._beat_seconds):
             stamp = self._look()
             if self._patience and stamp.idle_seconds >= self._patience / 2:
-                if self._is_declared() or self._has_stalled(stamp):
+                try:
+                    is_over = self._is_declared() or self._has_stalled(stamp)
+                except OSError:  # the run directory does not answer: it may the next time
+                    continue
+                if is_over:
                     self._end_run(stamp)
 
     # Signs of life
