@@ -19,21 +19,25 @@ def make_durable(path: str | Path) -> None:
 
 
 @contextmanager
-def written_aside(path: str | Path) -> Iterator[BinaryIO]:
-    """A file beside ``path`` to write into, which takes its name at the end, or is gone after an error."""
+def written_aside(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file beside ``path`` to write into, which takes its name at the end, or is gone after an error.
+
+    ``durable``: before that, wait until the disk has it.
+    """
     path = Path(path)
     aside = path.with_name(f".{path.name}.partial")
     try:
         with aside.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # the new name must not outlive, in a power failure, what it names
+            if durable:  # the new name must not outlive, in a power failure, what it names
+                os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def write_atomically(path: str | Path, text: str) -> None:
+def write_atomically(path: str | Path, text: str, durable: bool = True) -> None:
     """Write ``text`` beside ``path``, then rename: there is the old content or the new, nothing between."""
-    with written_aside(path) as file:
+    with written_aside(path, durable) as file:
         file.write(text.encode("utf-8"))

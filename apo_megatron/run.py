@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,6 +19,8 @@ from apo_megatron.errors import CheckpointError, ConfigError, RunInterrupted, Tr
 from apo_megatron.evaluation.harness import evaluate_pass_at_k
 from apo_megatron.evaluation.result import PassAtKResult
 from apo_megatron.files import write_atomically
+from apo_megatron.health import activity
+from apo_megatron.health.watchdog import Watchdog, put_away
 from apo_megatron.parallel.collectives import all_gather_objects, any_rank, barrier
 from apo_megatron.parallel.memory_use import memory_metrics
 from apo_megatron.parallel.state import ParallelContext
@@ -53,6 +55,14 @@ class Run:
         if parallel.is_main:
             check_destinations(cfg.logging)
             self.folder.mkdir(parents=True, exist_ok=True)
+            put_away(self.folder)
+        self._watchdog = Watchdog(
+            self.folder,
+            parallel.rank,
+            parallel.world,
+            cfg.parallel.stall_minutes,
+            cfg.parallel.timeout_minutes,
+        )
         self._logger: MetricsLogger | None = None
         self._step_files: StepFiles | None = None
         self._metrics: Mapping[str, float] = {}  # of the last step
@@ -102,6 +112,7 @@ class Run:
         if self._parallel.is_main:
             dump_config(self._cfg, self.folder / "config.yaml")
             forget_outcome(self.folder)
+        activity.current.begin_step(start + 1)
         return start
 
     def finish(self, checkpointer: Checkpointer, actor: MegatronActor) -> None:
@@ -120,9 +131,17 @@ class Run:
         self._closing.callback(engine.close)
         return engine
 
-    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
         """Time and show a phase of the step."""
-        return self._display.phase(name, total)
+        doing = activity.current
+        with self._display.phase(name, total) as show, doing.inside(name, total):
+
+            def advance(n: int, tokens: int = 0) -> None:
+                doing.done += n
+                show(n, tokens)
+
+            yield advance
 
     def is_due(self, interval: int, step: int) -> bool:
         """Whether something that happens every ``interval`` steps (0 = never) follows ``step``."""
@@ -179,6 +198,7 @@ class Run:
                 f"{stopped_by} received: stopped after step {step + 1} of {self._cfg.train.num_steps}, the "
                 f"state is saved in {folder}. To go on, give the same command with --resume auto"
             )
+        activity.current.begin_step(min(step + 2, self._cfg.train.num_steps))
 
     def _stopped_by(self) -> str | None:
         """The signal that asked any rank to stop, the same answer on every rank."""
@@ -198,6 +218,7 @@ class Run:
 
     def __enter__(self) -> Run:
         self._stop_request.__enter__()
+        self._watchdog.__enter__()
         return self
 
     def __exit__(
@@ -208,6 +229,7 @@ class Run:
         self._display.close()
         if self._logger is not None:
             self._logger.close()
+        self._watchdog.__exit__(kind, error, trace)
         if self._parallel.is_main:
             write_outcome(self.folder, error)
         if self._parallel.is_main and kind is None:

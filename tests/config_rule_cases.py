@@ -13,6 +13,12 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
         ["parallel.sequence_parallel=true"],
         ["parallel:", "sequence_parallel=true", "tensor_parallel_size"],
     ),
+    (
+        RLConfig,
+        "stalls_end_before_timeout",
+        ["parallel.stall_minutes=30"],
+        ["parallel:", "stall_minutes=30", "timeout_minutes=30"],
+    ),
     (RLConfig, "prompts_come_from_one_place", ["data.train_path=null"], ["data:", "neither is given"]),
     (
         RLConfig,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# Files that start servers, or whole clusters, and mostly wait for them. One process of `make test` begins with
-# these, one after the other (two sets of servers are too much for two cores), while another runs the rest.
+# Files that start servers, or whole clusters, and mostly wait for them. One process of `make test` begins
+# with these, one after the other (two sets of servers are too much for two cores); another runs the rest.
 WITH_SERVERS = (
     "test_ray_servers",
     "test_server",

@@ -36,6 +36,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "apo_megatron.weights",
         "apo_megatron.models",
         "apo_megatron.data",
+        "apo_megatron.health",
         "apo_megatron.rewards",
         "apo_megatron.telemetry",
         "apo_megatron.evaluation.report",

@@ -33,7 +33,7 @@ def _run(folder: Path, **checkpoint: Any) -> Run:
             "logging": {"tensorboard": False},
         }
     )
-    return Run(cfg, SimpleNamespace(is_main=True), title="test")  # type: ignore[arg-type]
+    return Run(cfg, SimpleNamespace(is_main=True, rank=0, world=1), title="test")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

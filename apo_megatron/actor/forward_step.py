@@ -18,6 +18,7 @@ from torch import Tensor
 
 from apo_megatron.actor.micro_batches import MicroBatches
 from apo_megatron.actor.model_inputs import ModelInput
+from apo_megatron.health import activity
 from apo_megatron.models.policy_model import LMHeadInput
 from apo_megatron.objectives.interface import LossInputs, TokenMetric
 from apo_megatron.objectives.objective import Objective
@@ -167,6 +168,8 @@ def _run_schedule(
     inputs = micro_batches.inputs
 
     def forward_step(data: Iterator[ModelInput], model: torch.nn.Module) -> tuple[Any, Any]:
+        if model is model_chunks[0]:
+            activity.current.next_micro_batch()
         model_input = next(data).to(micro_batches.parallel.device)
         # Padding is on the right of its sequence, under a causal mask: no attention mask is needed.
         output = model(
@@ -181,14 +184,15 @@ def _run_schedule(
         return output, partial(at_the_end, model_input)
 
     iterators = [iter(inputs) for _ in model_chunks]
-    results = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=list(model_chunks),
-        num_microbatches=len(inputs),
-        seq_length=micro_batches.length,
-        micro_batch_size=len(inputs[0].tokens),
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
+    with activity.current.micro_batches(len(inputs)):
+        results = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=list(model_chunks),
+            num_microbatches=len(inputs),
+            seq_length=micro_batches.length,
+            micro_batch_size=len(inputs[0].tokens),
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
     return list(results)

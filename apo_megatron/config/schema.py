@@ -74,6 +74,22 @@ class ParallelConfig(Section):
         "overlap_grad_reduce.",
     )
     timeout_minutes: PositiveFloat = Field(30.0, description="Time-out of a collective.")
+    stall_minutes: NonNegativeFloat = Field(
+        20.0,
+        description="A training run in which no rank makes progress for so long says which rank is behind, "
+        "and ends; 0: it waits for the time-out.",
+    )
+
+    @rule
+    def stalls_end_before_timeout(self) -> str | None:
+        """`stall_minutes` is less than `timeout_minutes`: a time-out says nothing about the other ranks."""
+        if self.stall_minutes >= self.timeout_minutes:
+            return (
+                f"stall_minutes={self.stall_minutes:g} must be less than timeout_minutes="
+                f"{self.timeout_minutes:g}, or the time-out comes first: lower stall_minutes (0 = off) or "
+                "raise timeout_minutes"
+            )
+        return None
 
     @property
     def sequence_multiple(self) -> int:

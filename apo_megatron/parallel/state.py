@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from apo_megatron.config.schema import ParallelConfig
 from apo_megatron.errors import ConfigError
-from apo_megatron.parallel import cpu
+from apo_megatron.parallel import collective_log, cpu
 from apo_megatron.parallel.dims import ParallelDims
 
 Group = dist.ProcessGroup
@@ -81,6 +81,7 @@ def init_parallel(cfg: ParallelConfig, seed: int = 0) -> ParallelContext:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
         cpu.install()
+    collective_log.install()
     if not dist.is_initialized():
         _init_process_group(backend, rank, world, cfg.timeout_minutes)
     return _megatron_context(dims, device, backend, seed, cfg.timeout_minutes)

@@ -42,6 +42,7 @@ USER_ERRORS = (
 TRACEBACK_VARIABLE = "APO_MEGATRON_TRACEBACK"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_STALLED = 75  # of a run that has ended itself because nothing moved (docs/hangs.md)
 # Rank 0 mostly fails in the same way. It ends at once, and torchrun then ends the other ranks: one that is
 # still there after so many seconds has something of its own to say.
 SECONDS_BEFORE_OTHER_RANKS_SPEAK = 3.0
