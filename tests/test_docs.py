@@ -29,6 +29,7 @@ OUTSIDE = (
     "problems/",
     "servers/",
     "logs/",
+    "hang/",
     "hf/",
 )
 FILE = re.compile(
