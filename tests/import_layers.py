@@ -15,7 +15,14 @@ from pathlib import Path
 
 # From the top down.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "commands": ("apo_megatron.launch", "apo_megatron.doctor", "checkpoints_convert", "tools", "examples"),
+    "commands": (
+        "apo_megatron.launch",
+        "apo_megatron.doctor",
+        "apo_megatron.diagnosis",
+        "checkpoints_convert",
+        "tools",
+        "examples",
+    ),
     "programs": (
         "apo_megatron.train",
         "apo_megatron.sft",
