@@ -72,7 +72,7 @@ setup(
     packages=find_packages(
         include=["apo_megatron", "apo_megatron.*", "checkpoints_convert", "checkpoints_convert.*"]
     ),
-    package_data={"apo_megatron.evaluation.report": ["*.html", "*.css", "*.js"]},
+    package_data={"": ["*.html", "*.css", "*.js"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={
@@ -81,7 +81,7 @@ setup(
             "apo-sft = apo_megatron.sft:main",
             "apo-eval = apo_megatron.evaluate:main",
             "apo-doctor = apo_megatron.doctor:main",
-            "apo-ray = apo_megatron.launch.ray:main",
+            "apo-ray = apo_megatron.launch.entry:main",
             "apo-convert = checkpoints_convert.command:main",
         ]
     },
