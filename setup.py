@@ -83,6 +83,7 @@ setup(
             "apo-doctor = apo_megatron.doctor:main",
             "apo-ray = apo_megatron.launch.entry:main",
             "apo-convert = checkpoints_convert.command:main",
+            "apo-report = apo_megatron.report:main",
         ]
     },
 )
