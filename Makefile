@@ -23,7 +23,7 @@ HAS_PYTHON = $(if $(PYTHON),$(PYTHON) $(IS_RECENT),false) || { \
     exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install sglang-cpu both browser demo test lint format docs clean
+.PHONY: help install sglang-cpu both browser demo test coverage lint format docs dist clean
 
 help: ## Print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ test: both browser ## Linters and all tests (those that need a GPU are skipped w
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || status=1; \
 	exit $$status
 
+coverage: $(INSTALLED) ## How much of the pure modules their tests run (at least 95 %)
+	$(BIN)/python -m tests.pure_coverage
+
 lint: $(INSTALLED) ## Linter, formatter (check only), type checker
 	@status=0; \
 	$(BIN)/ruff check . || status=1; \
@@ -51,6 +54,9 @@ format: $(INSTALLED) ## Sort imports, mend what the linter can mend, format
 
 docs: $(INSTALLED) ## Write docs/configuration.md from the schema
 	$(BIN)/python tools/document_config.py
+
+dist: $(INSTALLED) ## Wheel and source distribution, in dist/
+	$(BIN)/python -m build
 
 install: $(INSTALLED) ## Set up .venv only
 

@@ -1,9 +1,15 @@
 """Package metadata. The versions that the tests run with are in constraints.txt; docs/design-notes.md says
 what each dependency is for."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+# In one place, where the program finds it without being installed.
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "apo_megatron/__init__.py").read_text("utf-8"), re.M)
+assert VERSION is not None
 
 # Lower bounds are what the code, or megatron-core, is known to need; upper bounds stop at the next release
 # that may break an interface we use.
@@ -17,6 +23,7 @@ INSTALL_REQUIRES = [
     "math-verify>=0.9,<0.10",
     "pebble>=5.2,<6",
     "numpy>=2",
+    "packaging>=24",
     "pydantic>=2.7,<3",
     "pyyaml>=6",
     "jinja2>=3.1",
@@ -40,6 +47,8 @@ EXTRAS_REQUIRE = {
     "ray": ["ray>=2.50,<3"],  # the launcher reaches into its list of free resources, which has no public name
     "wandb": ["wandb"],
     "dev": [
+        "build>=1.2",
+        "coverage>=7.6",
         "pytest>=8",
         "pytest-xdist>=3.5",
         "ruff",
@@ -53,9 +62,9 @@ EXTRAS_REQUIRE = {
 
 setup(
     name="apo_megatron",
-    version="0.1.0",
+    version=VERSION[1],
     description="RL with verifiable rewards on Megatron-Core, with Anchored Policy Optimization (APO)",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -63,11 +72,7 @@ setup(
     packages=find_packages(
         include=["apo_megatron", "apo_megatron.*", "checkpoints_convert", "checkpoints_convert.*"]
     ),
-    package_data={
-        "apo_megatron.evaluation.report": ["*.css", "*.js"],
-        "apo_megatron.telemetry.page": ["*.html", "*.css", "*.js"],
-        "apo_megatron.telemetry.run_report": ["*.css", "*.js"],
-    },
+    package_data={"": ["*.html", "*.css", "*.js"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={
@@ -76,10 +81,9 @@ setup(
             "apo-sft = apo_megatron.sft:main",
             "apo-eval = apo_megatron.evaluate:main",
             "apo-doctor = apo_megatron.doctor:main",
-            "apo-ray = apo_megatron.launch.ray:main",
-            "apo-hf-to-megatron = checkpoints_convert.hf_to_megatron:main",
-            "apo-megatron-to-hf = checkpoints_convert.megatron_to_hf:main",
-            "apo-verify = checkpoints_convert.verify:main",
+            "apo-ray = apo_megatron.launch.entry:main",
+            "apo-convert = checkpoints_convert.command:main",
+            "apo-report = apo_megatron.report:main",
         ]
     },
 )

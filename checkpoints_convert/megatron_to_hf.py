@@ -9,7 +9,6 @@ For speed start several ranks: torchrun --nproc-per-node 4 -m checkpoints_conver
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +17,7 @@ import torch
 from apo_megatron.errors import ConfigError
 from apo_megatron.parallel.world import join_cpu_world
 from apo_megatron.telemetry.command import run_command
+from apo_megatron.telemetry.command_parser import CommandParser
 from apo_megatron.weights.conversion.megatron_to_hf import megatron_to_hf
 from checkpoints_convert.progress import ByteProgress
 
@@ -26,27 +26,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 def convert(argv: Sequence[str]) -> None:
     """Read the command line and convert. Raises the errors of ``errors.py`` for what a user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m checkpoints_convert.megatron_to_hf",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--megatron-path", required=True, metavar="IN", help="directory with metadata.json")
-    parser.add_argument("--hf-path", required=True, metavar="OUT", help="directory to write; must not exist")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="dtype of the result (default: as stored)")
-    parser.add_argument(
-        "--max-shard-size-gb", type=float, default=4.0, metavar="GB", help="of a file (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--config-from",
-        metavar="HF_DIR",
-        help="model whose config.json and tokenizer to use, where IN has no folder hf",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace OUT, once the new checkpoint is complete"
-    )
-    options = parser.parse_args(argv)
+    options = command_parser().parse_args(argv)
     if not options.max_shard_size_gb > 0:
         raise ConfigError(f"--max-shard-size-gb={options.max_shard_size_gb}: a positive number expected")
     world = join_cpu_world()
@@ -62,6 +42,26 @@ def convert(argv: Sequence[str]) -> None:
             progress=progress,
         )
         progress.done(f"wrote {options.hf_path}", num_bytes)
+
+
+def command_parser() -> CommandParser:
+    """Of this command line."""
+    parser = CommandParser(prog="python -m checkpoints_convert.megatron_to_hf", description=__doc__)
+    parser.add_argument("--megatron-path", required=True, metavar="IN", help="directory with metadata.json")
+    parser.add_argument("--hf-path", required=True, metavar="OUT", help="directory to write; must not exist")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="dtype of the result (default: as stored)")
+    parser.add_argument(
+        "--max-shard-size-gb", type=float, default=4.0, metavar="GB", help="of a file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--config-from",
+        metavar="HF_DIR",
+        help="model whose config.json and tokenizer to use, where IN has no folder hf",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUT, once the new checkpoint is complete"
+    )
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.parallel.state import init_parallel
 from apo_megatron.parallel.world import World, join_cpu_world
 from apo_megatron.telemetry.command import run_command
+from apo_megatron.telemetry.command_parser import CommandParser
 from apo_megatron.weights.conversion.verify import Verification, require_proof, verify_conversion
 from checkpoints_convert.logits import LogitsComparison, compare_logits
 from checkpoints_convert.progress import ByteProgress
@@ -31,7 +32,7 @@ _LAYOUT = ("tensor", "pipeline", "expert")
 
 def verify(argv: Sequence[str]) -> None:
     """Read the command line and compare. Raises the errors of ``errors.py``, also for what differs."""
-    options = _parser().parse_args(argv)
+    options = command_parser().parse_args(argv)
     sizes = {f"{axis}_parallel_size": getattr(options, f"{axis}_parallel_size") for axis in _LAYOUT}
     if not options.logits:
         if given := [name for name, size in sizes.items() if size != 1]:
@@ -85,13 +86,9 @@ def _logits_table(found: LogitsComparison, dtype: str) -> Table:
     return table
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m checkpoints_convert.verify",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def command_parser() -> CommandParser:
+    """Of this command line."""
+    parser = CommandParser(prog="python -m checkpoints_convert.verify", description=__doc__)
     parser.add_argument("--hf-path", required=True, metavar="A", help="directory, or hub id")
     parser.add_argument("--megatron-path", required=True, metavar="B", help="directory with metadata.json")
     parser.add_argument("--logits", action="store_true", help="compare what both models compute, too")
@@ -107,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
             type=int,
             default=1,
             metavar="N",
-            help="layout of the Megatron model for --logits",
+            help="layout of the Megatron model for --logits (default: %(default)s)",
         )
     return parser
 

@@ -306,6 +306,6 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
         EvalConfig,
         "servers_read_hugging_face_checkpoints",
         ["model.megatron_path=converted", "rollout.engine=sglang"],
-        ["model.megatron_path=converted", "apo-megatron-to-hf"],
+        ["model.megatron_path=converted", "apo-convert megatron-to-hf"],
     ),
 ]

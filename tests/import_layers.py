@@ -19,6 +19,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "apo_megatron.launch",
         "apo_megatron.doctor",
         "apo_megatron.report",
+        "apo_megatron.diagnosis",
         "checkpoints_convert",
         "tools",
         "examples",

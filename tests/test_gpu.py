@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from apo_megatron.diagnosis.differences import relative_differences
 from apo_megatron.parallel.vocab import VocabShard, vocab_parallel_policy_terms, vocab_parallel_topk
 from tests.distributed import run_distributed
 from tests.plain_reference import run_plain
@@ -18,7 +19,6 @@ from tests.test_layout_invariance import (
     OPTIMIZER,
     SEED,
     make_sequences,
-    relative_differences,
 )
 from tests.tiny_models import make_tiny_model
 

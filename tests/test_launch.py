@@ -14,7 +14,7 @@ import pytest
 
 from apo_megatron.config import RLConfig
 from apo_megatron.errors import ConfigError, RunInterrupted, TrainingError
-from apo_megatron.launch import waiting
+from apo_megatron.launch import entry, waiting
 from apo_megatron.launch.command import command_to_go_on, read_command_line
 from apo_megatron.launch.outcome import LogTail, RankEnd, first_failure, last_lines
 from apo_megatron.launch.placement import (
@@ -258,3 +258,15 @@ def test_a_rank_does_not_start_without_its_parent() -> None:
     command = [sys.executable, "-m", "apo_megatron.launch.rank_main", "1", "--config", "x"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1 and "process 1, which started this rank, is gone" in result.stderr
+
+
+def test_without_ray_the_launcher_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(entry, "find_spec", lambda name: None)
+    config = str(Path(__file__).parent.parent / "examples/countdown/apo.yaml")
+    assert entry.main(["--config", config]) == 2
+    assert "Ray is not installed: pip install" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        entry.main(["--help"])
+    assert "--num-trainers" in capsys.readouterr().out

@@ -178,6 +178,9 @@ def _loaded_after(statement: str) -> set[str]:
         "from apo_megatron.evaluation import pass_at_k",
         "import apo_megatron.config",
         "import apo_megatron.evaluation.report",
+        "import apo_megatron.doctor",
+        "import apo_megatron.diagnosis.check_command",  # it must tell why torch cannot be loaded
+        "import checkpoints_convert.command",
     ],
 )
 def test_import_is_light(statement: str) -> None:
@@ -185,9 +188,10 @@ def test_import_is_light(statement: str) -> None:
     assert _loaded_after(statement) & heavy == set()
 
 
-def test_the_planner_is_quick_to_start() -> None:
+@pytest.mark.parametrize("command", ["plan", "selftest"])
+def test_the_doctor_is_quick_to_start(command: str) -> None:
     heavy = {"megatron", "transformers", "ray", "sglang", "datasets"}
-    assert _loaded_after("import apo_megatron.doctor") & heavy == set()
+    assert _loaded_after(f"import apo_megatron.diagnosis.{command}_command") & heavy == set()
 
 
 def test_pure_modules_load_nothing_above_them(program: dict[str, Module]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from apo_megatron.diagnosis.differences import relative_differences
 from tests.distributed import run_distributed
 from tests.plain_reference import run_plain
 from tests.tiny_models import Family, make_tiny_model
@@ -132,21 +133,6 @@ def expected(payload: dict[str, Any]) -> dict[str, dict[str, Any]]:
             SEED,
         )
         for loss, aggregation in itertools.product(LOSSES, AGGREGATIONS)
-    }
-
-
-def relative_differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
-    parameters = expected["parameters"]
-    assert found["parameters"].keys() == parameters.keys()
-    return {
-        "loss": max(abs(a - b) / abs(b) for a, b in zip(found["losses"], expected["losses"], strict=True)),
-        "grad_norm": max(
-            abs(a - b) / b for a, b in zip(found["grad_norms"], expected["grad_norms"], strict=True)
-        ),
-        "parameters": max(
-            float((found["parameters"][name] - value).norm() / value.norm())
-            for name, value in parameters.items()
-        ),
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from apo_megatron.diagnosis.differences import relative_differences
 from tests.distributed import run_distributed
 from tests.plain_reference import run_plain
 from tests.test_layout_invariance import (
@@ -23,7 +24,6 @@ from tests.test_layout_invariance import (
     RELATIVE_BOUND,
     SEED,
     make_sequences,
-    relative_differences,
 )
 from tests.tiny_models import Family, make_tiny_model
 

@@ -14,6 +14,7 @@ import yaml
 
 from apo_megatron import doctor
 from apo_megatron.config import RLConfig
+from apo_megatron.diagnosis import plan_command
 from apo_megatron.errors import ConfigError
 from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.parallel.dims import ParallelDims
@@ -359,9 +360,9 @@ def write_config(folder: Path, name: str) -> Path:
 def test_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "gpu_memory_bytes", lambda: None)
+    monkeypatch.setattr(plan_command, "gpu_memory_bytes", lambda: None)
     words = ["plan", "--config", str(write_config(tmp_path, "Qwen2.5-7B")), "--json"]
-    assert doctor.main([*words, "--world-size", "8"]) == doctor.EXIT_DOES_NOT_FIT
+    assert doctor.main([*words, "--world-size", "8"]) == plan_command.EXIT_DOES_NOT_FIT
     shown = json.loads(capsys.readouterr().out)
     assert (shown["world_size"], shown["device_bytes"], shown["fits"]) == (8, 80 * GIB, False)
     assert shown["stages"][0]["weights"] == 2 * shown["stages"][0]["num_parameters"]
@@ -383,7 +384,8 @@ def test_command_line(
             "invalid positive float value: 'nan'",
         ),
         (["cure"], "invalid choice: 'cure'"),
-        ([], "the following arguments are required: command"),
+        (["plan", "--config", "{config}", "--wold-size", "8"], "did you mean --world-size?"),
+        (["plan", "--confg", "{config}"], "did you mean --config?"),
         (["plan"], "the following arguments are required: --config"),
         (
             ["plan", "--config", "{config}", "--world-size", "3", "parallel.tensor_parallel_size=2"],
@@ -412,10 +414,12 @@ def test_the_documented_plan_is_what_the_tool_prints(
     (tmp_path / "qwen.yaml").write_text(settings[1])
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(
-        doctor, "read_architecture", lambda _: read_architecture(published_model(tmp_path, "Qwen2.5-7B"))
+        plan_command,
+        "read_architecture",
+        lambda _: read_architecture(published_model(tmp_path, "Qwen2.5-7B")),
     )
     monkeypatch.chdir(tmp_path)
-    assert doctor.main(shlex.split(command[1])) in (0, doctor.EXIT_DOES_NOT_FIT)
+    assert doctor.main(shlex.split(command[1])) in (0, plan_command.EXIT_DOES_NOT_FIT)
     found = re.sub(r" +$", "", capsys.readouterr().out, flags=re.M)
     if os.environ.get("APO_MEGATRON_UPDATE_DOCS") == "1":
         page.write_text(text[: shown.start(1)] + found + text[shown.end(1) :])

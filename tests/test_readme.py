@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from apo_megatron.config import EvalConfig, RLConfig, SFTConfig, load_config
+from checkpoints_convert.command import COMMANDS as CONVERSIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -55,7 +56,10 @@ def test_console_scripts_exist_and_know_their_options() -> None:
     commands = [*_commands(r"apo-[\w-]+"), *_commands("torchrun")]
     seen = set()
     for command in commands:
-        module = scripts.get(command[0]) or command[command.index("-m") + 1]
+        if command[0] == "apo-convert":
+            module = CONVERSIONS[command[1]]
+        else:
+            module = scripts.get(command[0]) or command[command.index("-m") + 1]
         source = Path(ROOT, *module.split(".")).with_suffix(".py").read_text()
         if module.startswith("checkpoints_convert"):
             seen.add(module)

@@ -79,5 +79,5 @@ class EvalConfig(Section):
             return None
         return (
             f"model.megatron_path={self.model.megatron_path} with rollout.engine={self.rollout.engine}: "
-            "convert it with apo-megatron-to-hf and name the result as model.hf_path"
+            "convert it with apo-convert megatron-to-hf and name the result as model.hf_path"
         )

@@ -172,6 +172,11 @@ class PromptLoader:
         else:
             self._order = EpochOrder(len(prompts), seed, shuffle)
 
+    @property
+    def num_prompts(self) -> int:
+        """Of one epoch."""
+        return len(self._prompts)
+
     def first(self, count: int) -> list[Prompt]:
         """The first ``count`` of the data, whatever was drawn."""
         return list(self._prompts[:count])

@@ -6,11 +6,10 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 from apo_megatron.config import RLConfig
-from apo_megatron.errors import ConfigError
-from apo_megatron.telemetry.command import parse_command_line
+from apo_megatron.telemetry.command import config_parser, parse_command_line
+from apo_megatron.telemetry.command_parser import CommandParser
 
 PROGRAM = "python -m apo_megatron.launch.ray"
 
@@ -26,14 +25,10 @@ class LaunchOptions:
     max_failures: int
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}\n{self.format_usage().strip()}   (or --help)")
-
-
 def read_command_line(words: Sequence[str]) -> tuple[LaunchOptions, RLConfig]:
     """Options of the launcher may stand anywhere among those of the trainer. Raises ConfigError."""
-    parser = _launch_parser()
+    parser = launch_parser()
+    parser.refuse_unknown_options(words, config_parser(RLConfig, PROGRAM).options)
     found, rest = parser.parse_known_args(words)
     options = LaunchOptions(
         found.address, found.num_trainers, found.wait_minutes, found.wait_for_nodes, found.max_failures
@@ -55,12 +50,12 @@ def command_to_go_on(words: Sequence[str]) -> str:
     return f"{PROGRAM} {shlex.join(kept)} --resume auto"
 
 
-def _launch_parser() -> _Parser:
-    parser = _Parser(
+def launch_parser() -> CommandParser:
+    """Of what is no setting of the run."""
+    parser = CommandParser(
         prog=PROGRAM,
         usage=f"{PROGRAM} --config FILE [--num-trainers N] [option ...] [section.field=value ...]",
         description="Runs the trainer, and SGLang servers where rollout.engine=sglang, on a Ray cluster.",
-        allow_abbrev=False,
         add_help=False,
     )
     parser.add_argument("-h", "--help", action="store_true", help="this, and every setting of a run")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -10,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel
 
@@ -25,6 +24,7 @@ from apo_megatron.errors import (
     TrainingError,
     WeightMappingError,
 )
+from apo_megatron.telemetry.command_parser import CommandParser
 from apo_megatron.telemetry.field_help import describe_fields
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -78,13 +78,20 @@ def parse_command_line(argv: Sequence[str], config_class: type[Config], program:
     ``program`` is how the command is called, such as ``python -m apo_megatron.train``. Where there are
     checkpoints, ``--resume auto`` stands for ``checkpoint.resume=auto``. Raises ConfigError.
     """
+    parsed = config_parser(config_class, program).parse_intermixed_args(argv)
+    resume = getattr(parsed, "resume", None)
+    overrides = [*parsed.overrides, *([] if resume is None else [f"checkpoint.resume={resume}"])]
+    return load_config(config_class, parsed.config, overrides)
+
+
+def config_parser(config_class: type[BaseModel], program: str) -> CommandParser:
+    """The parser of ``parse_command_line``."""
     can_resume = "checkpoint" in config_class.model_fields
-    parser = _Parser(
+    parser = CommandParser(
         prog=program,
         usage=f"{program} --config FILE {'[--resume auto] ' if can_resume else ''}[section.field=value ...]",
-        epilog=f"fields:\n\n{describe_fields(config_class)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=f"example:\n  {program} --config run.yaml {_example_override(config_class)}\n\n"
+        f"fields, with their defaults:\n\n{describe_fields(config_class)}",
     )
     parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="YAML with the settings")
     if can_resume:
@@ -99,17 +106,11 @@ def parse_command_line(argv: Sequence[str], config_class: type[Config], program:
         metavar="section.field=value",
         help="settings that go before those of the file; the value is read as YAML",
     )
-    parsed = parser.parse_intermixed_args(argv)
-    resume = getattr(parsed, "resume", None)
-    overrides = [*parsed.overrides, *([] if resume is None else [f"checkpoint.resume={resume}"])]
-    return load_config(config_class, parsed.config, overrides)
+    return parser
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(
-            f"{message}\nusage: {self.prog} --config FILE [section.field=value ...]   (or --help)"
-        )
+def _example_override(config_class: type[BaseModel]) -> str:
+    return "train.num_steps=100" if "train" in config_class.model_fields else "evaluation.num_samples=64"
 
 
 def _rank() -> int:

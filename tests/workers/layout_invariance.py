@@ -7,14 +7,13 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.actor.micro_batches import MicroBatchSize
 from apo_megatron.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
-from apo_megatron.data.collate import TrainingSequence, make_batch
-from apo_megatron.objectives.objective import build_objective
+from apo_megatron.data.collate import TrainingSequence
+from apo_megatron.diagnosis.one_step import run_one_step
 from apo_megatron.parallel.state import ParallelContext, init_parallel
 
 
@@ -36,7 +35,6 @@ def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelC
         partial(DistributedDataParallelConfig, bucket_size=case.get("bucket_size")),
     ):
         actor = _actor_of(payload, case, parallel)
-    objective = build_objective(ObjectiveConfig(**case["objective"]))
     sequences = [
         TrainingSequence(
             np.array(s["tokens"]),
@@ -46,26 +44,14 @@ def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelC
         )
         for s in payload["sequences"]
     ]
-    batch = make_batch(
-        sequences,
-        ObjectiveConfig(**case["objective"]),
+    return run_one_step(
+        actor,
         parallel,
-        num_mini_batches=payload["num_mini_batches"],
-        seed=(payload["seed"], 0),
+        ObjectiveConfig(**case["objective"]),
+        sequences,
+        payload["num_mini_batches"],
+        payload["seed"],
     )
-    reference = actor.snapshot()
-    batch.sequences = actor.attach_old_log_probs(batch.sequences)
-    with actor.weights_from(reference):
-        batch.sequences, _ = actor.attach_reference(batch.sequences, objective)
-    updates = [actor.update(part, objective) for part in batch.mini_batches()]
-    parameters = {
-        name: tensor.cpu().clone() for bucket in actor.weight_source().buckets() for name, tensor in bucket
-    }
-    return {
-        "losses": [update["loss"] for update in updates],
-        "grad_norms": [update["grad_norm"] for update in updates],
-        "parameters": parameters if torch.distributed.get_rank() == 0 else {},
-    }
 
 
 def _actor_of(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelContext) -> MegatronActor:
