@@ -7,12 +7,12 @@ docs/run-report.md says what the page shows and when it warns.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from apo_megatron.telemetry.command import run_command
+from apo_megatron.telemetry.command_parser import CommandParser
 from apo_megatron.telemetry.run_report import RUN_PAGE, write_run_report
 
 
@@ -20,10 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line (default: that of the process); the exit code."""
 
     def run(words: Sequence[str]) -> None:
-        parser = argparse.ArgumentParser(
+        parser = CommandParser(
             prog="apo-report",
             description="Write one HTML page about training runs: curves, Pass@K, time, warnings in words.",
-            allow_abbrev=False,
         )
         parser.add_argument(
             "runs",
