@@ -1,0 +1,111 @@
+"""The templates of examples/slurm on a real Slurm of two nodes, unchanged but for their sizes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from tests.countdown_base import COUNTDOWN, CountdownBase, run_example
+from tests.slurm_cluster import Job, SlurmCluster
+
+TRAIN = "examples/slurm/train.sbatch"
+ON_CPUS = ("--gpus-per-node=0", "--cpus-per-task=1", "--mem=1G")
+NUM_STEPS = 10
+STOP_AFTER = 3  # steps
+FREED_WITHIN = 60.0  # seconds from the death of a rank until its job has left the queue
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def base(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> CountdownBase:
+    """A model that solves some problems, cold-started as a job on both nodes."""
+    folder = tmp_path_factory.mktemp("countdown")
+    sizes = ("--num-demonstrations", "9600", "--num-train", "500", "--num-heldout", "8")
+    run_example(str(COUNTDOWN / "prepare.py"), "--out", str(folder / "data"), *sizes)
+    job = cluster.submit(
+        TRAIN, "--config", str(COUNTDOWN / "sft.yaml"), f"model.hf_path={folder / 'data' / 'init'}",
+        f"data.train_path={folder / 'data' / 'sft.jsonl'}", "parallel.tensor_parallel_size=1",
+        "train.num_steps=60", "optimizer.lr=4e-3", "optimizer.lr_warmup_steps=5",
+        options=ON_CPUS, RUN_DIR=str(folder / "base"), MODULE="apo_megatron.sft",
+    )  # fmt: skip
+    assert job.wait() == "COMPLETED", job.text
+    return CountdownBase(folder)
+
+
+def _submit(cluster: SlurmCluster, base: CountdownBase, run: str, **sections: Any) -> Job:
+    config = base.config(run, **{"train": {"num_steps": NUM_STEPS}, **sections})
+    config["parallel"] = {}  # a rank a node
+    config["data"] = {**config["data"], "prompts_per_step": 8}
+    path = base.folder / f"{run}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return cluster.submit(TRAIN, "--config", str(path), options=ON_CPUS, RUN_DIR=str(base.folder / run))
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a run but for its times."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+def test_a_run_that_is_stopped_and_requeued_ends_like_one_that_is_not(
+    cluster: SlurmCluster, base: CountdownBase
+) -> None:
+    """Both at once: two runs share the nodes."""
+    unbroken = _submit(cluster, base, "unbroken")
+    stopped = _submit(cluster, base, "stopped")
+    folder = base.folder / "stopped"
+
+    stopped.wait_until(lambda: len(_metrics(folder)) >= STOP_AFTER)
+    cluster.run("scancel", "--batch", "--signal=USR1", stopped.number)  # as --signal=B:USR1@900 does in time
+    stopped.wait_until(lambda: stopped.shown("Restarts") == "1")
+    num_steps_then = len(_metrics(folder))
+    assert STOP_AFTER <= num_steps_then < NUM_STEPS, stopped.text
+    stopped.start_now()
+
+    assert stopped.wait() == "COMPLETED", stopped.text
+    assert unbroken.wait() == "COMPLETED", unbroken.text
+    assert f"going on after step {num_steps_then}" in stopped.text
+    assert stopped.shown("Restarts") == "1"
+    expected = _metrics(base.folder / "unbroken")
+    assert len(expected) == NUM_STEPS
+    assert any(not row["skipped_step"] for row in expected)
+    assert _metrics(folder) == expected
+    model = Path("hf", "model.safetensors")
+    assert (folder / model).read_bytes() == (base.folder / "unbroken" / model).read_bytes()
+    for start in (0, 1):
+        logs = folder / "logs" / f"job_{stopped.number}.{start}"
+        assert {path.name for path in logs.glob("rank_*")} == {"rank_00000.log", "rank_00001.log"}
+
+
+def test_a_killed_rank_frees_the_nodes(cluster: SlurmCluster, base: CountdownBase) -> None:
+    job = _submit(cluster, base, "killed", train={"num_steps": 100_000})
+    job.wait_until(lambda: len(_metrics(base.folder / "killed")) >= 1)
+    ranks = cluster.processes("apo_megatron.train", "-u")
+    assert len(ranks) == 2
+    (last,) = [rank for rank in ranks if rank.environ()["RANK"] == "1"]
+    killed_at = time.monotonic()
+    last.kill()
+    assert job.wait() == "FAILED", job.text
+    assert time.monotonic() - killed_at < FREED_WITHIN
+    assert job.shown("Restarts") == "0"
+    assert not psutil.wait_procs(ranks, timeout=5)[1]
+
+
+def test_an_error_of_the_user_is_said_and_not_requeued(cluster: SlurmCluster, base: CountdownBase) -> None:
+    job = cluster.submit(TRAIN, "--config", "no/such.yaml", options=ON_CPUS, RUN_DIR=str(base.folder / "no"))
+    assert job.wait() == "FAILED"
+    assert "no/such.yaml" in job.text
+    assert job.shown("Restarts") == "0"
