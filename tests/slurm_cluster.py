@@ -60,8 +60,9 @@ class SlurmCluster:
         return self._call("exec", *command, **variables)
 
     def submit(self, script: str, *words: str, options: Sequence[str] = (), **variables: str) -> Job:
-        """``sbatch OPTIONS SCRIPT WORDS`` in the root of the checkout."""
-        output = self.folder / "%j.out"
+        """``sbatch OPTIONS SCRIPT WORDS`` in the root of the checkout, with ``variables``."""
+        is_array = any(option.startswith("--array") for option in options)
+        output = self.folder / ("%A_%a.out" if is_array else "%j.out")
         command = ("sbatch", "--parsable", f"--output={output}", *options, script, *words)
         return Job(self, self.run(*command, **variables).strip())
 
@@ -87,7 +88,7 @@ class SlurmCluster:
 
 
 class Job:
-    """A job, or a task of an array, by its number."""
+    """A job by its number, or a task of an array ("7_1")."""
 
     def __init__(self, cluster: SlurmCluster, number: str) -> None:
         self.cluster, self.number = cluster, number

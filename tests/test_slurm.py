@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from tests.slurm_cluster import Job, SlurmCluster
 
 TRAIN = "examples/slurm/train.sbatch"
 ON_CPUS = ("--gpus-per-node=0", "--cpus-per-task=1", "--mem=1G")
-NUM_STEPS = 10
-STOP_AFTER = 3  # steps
+NUM_STEPS = 8
+STOP_AFTER = 2  # steps
 FREED_WITHIN = 60.0  # seconds from the death of a rank until its job has left the queue
 
 
@@ -32,32 +32,36 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 def base(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> CountdownBase:
     """A model that solves some problems, cold-started as a job on both nodes."""
     folder = tmp_path_factory.mktemp("countdown")
-    sizes = ("--num-demonstrations", "9600", "--num-train", "500", "--num-heldout", "8")
+    sizes = ("--num-demonstrations", "25600", "--num-train", "500", "--num-heldout", "8")
     run_example(str(COUNTDOWN / "prepare.py"), "--out", str(folder / "data"), *sizes)
     job = cluster.submit(
         TRAIN, "--config", str(COUNTDOWN / "sft.yaml"), f"model.hf_path={folder / 'data' / 'init'}",
         f"data.train_path={folder / 'data' / 'sft.jsonl'}", "parallel.tensor_parallel_size=1",
-        "train.num_steps=60", "optimizer.lr=4e-3", "optimizer.lr_warmup_steps=5",
+        "train.num_steps=100", "optimizer.lr=4e-3", "optimizer.lr_warmup_steps=10",
         options=ON_CPUS, RUN_DIR=str(folder / "base"), MODULE="apo_megatron.sft",
     )  # fmt: skip
     assert job.wait() == "COMPLETED", job.text
     return CountdownBase(folder)
 
 
-def _submit(cluster: SlurmCluster, base: CountdownBase, run: str, **sections: Any) -> Job:
+def _submit(
+    cluster: SlurmCluster, base: CountdownBase, run: str, options: Sequence[str] = (), **sections: Any
+) -> Job:
     config = base.config(run, **{"train": {"num_steps": NUM_STEPS}, **sections})
     config["parallel"] = {}  # a rank a node
     config["data"] = {**config["data"], "prompts_per_step": 8}
     path = base.folder / f"{run}.yaml"
     path.write_text(yaml.safe_dump(config))
-    return cluster.submit(TRAIN, "--config", str(path), options=ON_CPUS, RUN_DIR=str(base.folder / run))
+    return cluster.submit(
+        TRAIN, "--config", str(path), options=(*ON_CPUS, *options), RUN_DIR=str(base.folder / run)
+    )
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of a run but for its times."""
+    """The metrics of a run but for its times, and for what is measured when a run starts again."""
     path = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "canary_gap"} for row in rows]
 
 
 def test_a_run_that_is_stopped_and_requeued_ends_like_one_that_is_not(
@@ -109,3 +113,67 @@ def test_an_error_of_the_user_is_said_and_not_requeued(cluster: SlurmCluster, ba
     assert job.wait() == "FAILED"
     assert "no/such.yaml" in job.text
     assert job.shown("Restarts") == "0"
+
+
+def test_conversion_and_evaluations(cluster: SlurmCluster, base: CountdownBase) -> None:
+    """Conversion on one node, and two checkpoints as an array."""
+    checkpoints = base.folder / "checkpoints.txt"
+    checkpoints.write_text(f"{base.model}\n{base.folder / 'data' / 'init'}\n")
+    converted = base.folder / "megatron"
+    conversion = cluster.submit(
+        "examples/slurm/convert.sbatch", "hf_to_megatron", "--hf-path", str(base.model),
+        "--megatron-path", str(converted),
+        options=("--cpus-per-task=2", "--mem=1G"), RUN_DIR=str(base.folder / "convert"), RANKS_PER_NODE="2",
+    )  # fmt: skip
+    array = cluster.submit(
+        "examples/slurm/evaluate_array.sbatch", "--config", str(COUNTDOWN / "evaluate.yaml"),
+        f"benchmarks=[{{name: countdown, path: {base.folder / 'data' / 'heldout.jsonl'}}}]",
+        "evaluation.num_samples=8", "evaluation.ks=[1, 8]",
+        options=("--array=1-2", *ON_CPUS), RUN_DIR=str(base.folder / "evaluations"),
+        CHECKPOINTS=str(checkpoints),
+    )  # fmt: skip
+    assert conversion.wait() == "COMPLETED", conversion.text
+    assert (converted / ".metadata").exists()
+    for task in (1, 2):
+        job = Job(cluster, f"{array.number}_{task}")
+        assert job.wait() == "COMPLETED", job.text
+        results = json.loads((base.folder / "evaluations" / str(task) / "results.json").read_text())
+        assert "countdown" in json.dumps(results)
+
+
+@pytest.mark.slow
+def test_the_time_limit_requeues_a_run(cluster: SlurmCluster, base: CountdownBase) -> None:
+    """Slurm sends the signal up to 30 s early, so the run may still be starting: it is asked again."""
+    job = _submit(cluster, base, "limited", ("--time=4", "--signal=B:USR1@195"), train={"num_steps": 100_000})
+    job.wait_until(lambda: job.shown("Restarts") == "1")
+    assert "SIGUSR1 received: stopped after step" in job.text
+    cluster.run("scontrol", "update", f"jobid={job.number}", "TimeLimit=60")
+    job.start_now()
+    num_steps = len(_metrics(base.folder / "limited"))
+    job.wait_until(lambda: len(_metrics(base.folder / "limited")) > num_steps)
+    cluster.run("scancel", job.number)
+    assert job.wait() == "CANCELLED"
+    assert f"going on after step {num_steps}" in job.text
+
+
+@pytest.mark.slow
+def test_training_under_ray(cluster: SlurmCluster, base: CountdownBase) -> None:
+    """Ranks on both nodes; stopped, requeued and complete."""
+    config = base.config("ray", train={"num_steps": 40}, parallel={"tensor_parallel_size": 1})
+    path = base.folder / "ray.yaml"
+    path.write_text(yaml.safe_dump(config))
+    folder = base.folder / "ray"
+    job = cluster.submit(
+        "examples/slurm/train_ray.sbatch", "--config", str(path), "--num-trainers", "2",
+        options=ON_CPUS, RUN_DIR=str(folder),
+    )  # fmt: skip
+    job.wait_until(lambda: len(_metrics(folder)) >= STOP_AFTER)
+    cluster.run("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_until(lambda: job.shown("Restarts") == "1")
+    num_steps = len(_metrics(folder))
+    assert num_steps < 40
+    job.start_now()
+    job.wait_until(lambda: len(_metrics(folder)) > num_steps)
+    cluster.run("scancel", job.number)
+    assert job.wait() == "CANCELLED"
+    assert f"going on after step {num_steps}" in job.text

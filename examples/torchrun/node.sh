@@ -48,7 +48,7 @@ command=("$PYTHON" -m torch.distributed.run --nnodes "$NUM_NODES" --node-rank "$
 (trap '' USR1; exec "${command[@]}") &
 torchrun=$!
 if [ "$NODE_RANK" = 0 ]; then
-    : >> "$LOG_DIR/rank_00000.log"
+    touch "$LOG_DIR/rank_00000.log"
     (trap '' USR1 TERM; exec tail -n 0 -f --pid "$torchrun" "$LOG_DIR/rank_00000.log") &
     shown=$!
 fi
