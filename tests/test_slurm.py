@@ -108,6 +108,7 @@ def test_a_killed_rank_frees_the_nodes(cluster: SlurmCluster, base: CountdownBas
     assert not psutil.wait_procs(ranks, timeout=5)[1]
 
 
+@pytest.mark.slow
 def test_an_error_of_the_user_is_said_and_not_requeued(cluster: SlurmCluster, base: CountdownBase) -> None:
     job = cluster.submit(TRAIN, "--config", "no/such.yaml", options=ON_CPUS, RUN_DIR=str(base.folder / "no"))
     assert job.wait() == "FAILED"

@@ -2,9 +2,9 @@
 
     python tools/slurm_dry_run.py --nodes=4 examples/slurm/train.sbatch --config run.yaml train.num_steps=100
 
-The template itself runs, in bash, with the variables that Slurm would set for nodes node0, node1, ... Programs
-that start or write something are replaced by ones that print: nothing is started, no file is written. From the
-root of the checkout; options of sbatch in the form --name=value.
+The template itself runs, in bash, with the variables that Slurm would set for nodes node0, node1, ... Only
+programs that start or write something are replaced: nothing is started, no file is written, all is printed.
+From the root of the checkout; options of sbatch in the form --name=value.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _REPLACED = {
     "scontrol": _SCONTROL,
     "getent": _GETENT,
     "python": _PYTHON,
-    **dict.fromkeys(("mkdir", "touch", "tail", "sleep"), _NOTHING),
+    **dict.fromkeys(("mkdir", "rm", "touch", "tail", "sleep"), _NOTHING),
 }
 
 

@@ -32,10 +32,10 @@ prepare_job() {
     print_environment
 }
 
-# Below the ports that the kernel hands out, and another one for each of 10,000 jobs in a row.
+# Between Ray's ports (up to 19,999) and the kernel's (from 32,768), and another one for each of 10,000 jobs in a row.
 port_of_this_job() {
-    local port=$((10000 + SLURM_JOB_ID % 10000))
-    while (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do port=$((port + 10000)); done
+    local port=$((20000 + SLURM_JOB_ID % 10000))
+    while (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do port=$((20000 + (port + 1000) % 10000)); done
     echo "$port"
 }
 
@@ -46,6 +46,10 @@ print_environment() {
     echo "first training node: $MASTER_ADDR:$MASTER_PORT; run: $RUN_DIR; logs: $LOG_DIR"
     echo "python: $PYTHON; commit: $(git rev-parse --short HEAD 2> /dev/null || echo unknown)"
     env | grep -E '^(NCCL|GLOO|TORCH|UCX|FI)_|^(CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS)=' | sort || true
+}
+
+random_key() {
+    head -c 24 /dev/urandom | base64 | tr '+/' '-_'
 }
 
 fail() {

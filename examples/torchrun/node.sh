@@ -40,7 +40,10 @@ if [ "${1-}" = --rank ]; then
     run_rank "$@"
 fi
 
+stop_requested=
+trap 'stop_requested=1' USR1 TERM
 mkdir -p "$LOG_DIR"
+rm -f "$LOG_DIR/stopped"
 command=("$PYTHON" -m torch.distributed.run --nnodes "$NUM_NODES" --node-rank "$NODE_RANK"
     --nproc-per-node "$RANKS_PER_NODE" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
     --no-python "$0" --rank "$@")
@@ -53,8 +56,6 @@ if [ "$NODE_RANK" = 0 ]; then
     shown=$!
 fi
 
-stop_requested=
-trap 'stop_requested=1' USR1 TERM
 while kill -0 "$torchrun" 2> /dev/null; do
     [ -z "$stop_requested" ] || ask_ranks_to_stop  # again and again: one may not listen yet
     sleep 1 &
