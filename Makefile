@@ -38,7 +38,7 @@ test: both browser slurm ## Linters and all tests (those that need a GPU are ski
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || status=1; \
 	exit $$status
 
-test-slurm: $(INSTALLED) slurm ## All tests of examples/slurm on a real Slurm, those too slow for `make test` too
+test-slurm: both slurm ## All tests of examples/slurm on a real Slurm, those too slow for `make test` too
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS) tests/test_slurm.py
 
 lint: $(INSTALLED) ## Linter, formatter (check only), type checker

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from tests.countdown_base import COUNTDOWN, CountdownBase, run_example
+from tests.sglang_servers import sglang_python
 from tests.slurm_cluster import Job, SlurmCluster
 
 TRAIN = "examples/slurm/train.sbatch"
@@ -44,16 +46,25 @@ def base(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Cou
     return CountdownBase(folder)
 
 
-def _submit(
-    cluster: SlurmCluster, base: CountdownBase, run: str, options: Sequence[str] = (), **sections: Any
-) -> Job:
-    config = base.config(run, **{"train": {"num_steps": NUM_STEPS}, **sections})
-    config["parallel"] = {}  # a rank a node
-    config["data"] = {**config["data"], "prompts_per_step": 8}
+def _write_config(base: CountdownBase, run: str, num_steps: int = 100_000, **sections: Any) -> str:
+    """One rank a node, as many nodes as there are."""
+    config = base.config(run, train={"num_steps": num_steps}, data={"prompts_per_step": 8}, **sections)
+    config["parallel"] = {}
     path = base.folder / f"{run}.yaml"
     path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def _submit(
+    cluster: SlurmCluster,
+    base: CountdownBase,
+    run: str,
+    num_steps: int = 100_000,
+    options: Sequence[str] = (),
+) -> Job:
+    config = _write_config(base, run, num_steps)
     return cluster.submit(
-        TRAIN, "--config", str(path), options=(*ON_CPUS, *options), RUN_DIR=str(base.folder / run)
+        TRAIN, "--config", config, options=(*ON_CPUS, *options), RUN_DIR=str(base.folder / run)
     )
 
 
@@ -68,8 +79,8 @@ def test_a_run_that_is_stopped_and_requeued_ends_like_one_that_is_not(
     cluster: SlurmCluster, base: CountdownBase
 ) -> None:
     """Both at once: two runs share the nodes."""
-    unbroken = _submit(cluster, base, "unbroken")
-    stopped = _submit(cluster, base, "stopped")
+    unbroken = _submit(cluster, base, "unbroken", NUM_STEPS)
+    stopped = _submit(cluster, base, "stopped", NUM_STEPS)
     folder = base.folder / "stopped"
 
     stopped.wait_until(lambda: len(_metrics(folder)) >= STOP_AFTER)
@@ -95,7 +106,7 @@ def test_a_run_that_is_stopped_and_requeued_ends_like_one_that_is_not(
 
 
 def test_a_killed_rank_frees_the_nodes(cluster: SlurmCluster, base: CountdownBase) -> None:
-    job = _submit(cluster, base, "killed", train={"num_steps": 100_000})
+    job = _submit(cluster, base, "killed")
     job.wait_until(lambda: len(_metrics(base.folder / "killed")) >= 1)
     ranks = cluster.processes("apo_megatron.train", "-u")
     assert len(ranks) == 2
@@ -157,24 +168,36 @@ def test_the_time_limit_requeues_a_run(cluster: SlurmCluster, base: CountdownBas
     assert f"going on after step {num_steps}" in job.text
 
 
-@pytest.mark.slow
-def test_training_under_ray(cluster: SlurmCluster, base: CountdownBase) -> None:
-    """Ranks on both nodes; stopped, requeued and complete."""
-    config = base.config("ray", train={"num_steps": 40}, parallel={"tensor_parallel_size": 1})
-    path = base.folder / "ray.yaml"
-    path.write_text(yaml.safe_dump(config))
-    folder = base.folder / "ray"
-    job = cluster.submit(
-        "examples/slurm/train_ray.sbatch", "--config", str(path), "--num-trainers", "2",
-        options=ON_CPUS, RUN_DIR=str(folder),
-    )  # fmt: skip
+def _check_stop_and_resume(job: Job, folder: Path) -> None:
+    """In the middle of a run without end."""
     job.wait_until(lambda: len(_metrics(folder)) >= STOP_AFTER)
-    cluster.run("scancel", "--batch", "--signal=USR1", job.number)
+    job.cluster.run("scancel", "--batch", "--signal=USR1", job.number)
     job.wait_until(lambda: job.shown("Restarts") == "1")
     num_steps = len(_metrics(folder))
-    assert num_steps < 40
     job.start_now()
     job.wait_until(lambda: len(_metrics(folder)) > num_steps)
-    cluster.run("scancel", job.number)
+    job.cluster.run("scancel", job.number)
     assert job.wait() == "CANCELLED"
     assert f"going on after step {num_steps}" in job.text
+
+
+@pytest.mark.slow
+def test_training_under_ray(cluster: SlurmCluster, base: CountdownBase) -> None:
+    config = _write_config(base, "ray")
+    with TemporaryDirectory(prefix="ray_") as ray_folder:  # the path of a socket may have 107 characters
+        job = cluster.submit(
+            "examples/slurm/train_ray.sbatch", "--config", config, "--num-trainers", "2",
+            options=ON_CPUS, RUN_DIR=str(base.folder / "ray"), RAY_TMPDIR=ray_folder,
+        )  # fmt: skip
+        _check_stop_and_resume(job, base.folder / "ray")
+
+
+@pytest.mark.slow
+def test_training_with_servers_on_another_node(cluster: SlurmCluster, base: CountdownBase) -> None:
+    """A real SGLang on the first node, a trainer on the second."""
+    config = _write_config(base, "servers", rollout={"sglang": {"python": sglang_python()}})
+    job = cluster.submit(
+        "examples/slurm/train_disaggregated.sbatch", "--config", config,
+        options=(*ON_CPUS, "--mem=6G"), RUN_DIR=str(base.folder / "servers"),
+    )  # fmt: skip
+    _check_stop_and_resume(job, base.folder / "servers")

@@ -61,7 +61,7 @@ fail() {
 start_companion() {
     (
         "$@" || true
-        kill -USR2 $$
+        kill -USR2 $$ 2> /dev/null  # it may have ended first
     ) &
 }
 
