@@ -156,7 +156,7 @@ def test_conversion_and_evaluations(cluster: SlurmCluster, base: CountdownBase) 
 @pytest.mark.slow
 def test_the_time_limit_requeues_a_run(cluster: SlurmCluster, base: CountdownBase) -> None:
     """Slurm sends the signal up to 30 s early, so the run may still be starting: it is asked again."""
-    job = _submit(cluster, base, "limited", ("--time=4", "--signal=B:USR1@195"), train={"num_steps": 100_000})
+    job = _submit(cluster, base, "limited", options=("--time=4", "--signal=B:USR1@195"))
     job.wait_until(lambda: job.shown("Restarts") == "1")
     assert "SIGUSR1 received: stopped after step" in job.text
     cluster.run("scontrol", "update", f"jobid={job.number}", "TimeLimit=60")

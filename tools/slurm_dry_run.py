@@ -128,7 +128,11 @@ def main(words: Sequence[str]) -> int:
         return 2
     template = Path(words[num_options])
     if not template.is_file():
-        print(f"error: {template}: no such template; there are some in examples/slurm", file=sys.stderr)
+        print(
+            f"error: {template}: no such template; expected one of examples/slurm, after options of "
+            "sbatch in the form --name=value",
+            file=sys.stderr,
+        )
         return 2
     options = sbatch_options(template, words[:num_options])
     environment = job_environment(options)
