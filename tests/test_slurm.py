@@ -127,6 +127,7 @@ def test_an_error_of_the_user_is_said_and_not_requeued(cluster: SlurmCluster, ba
     assert job.shown("Restarts") == "0"
 
 
+@pytest.mark.slow
 def test_conversion_and_evaluations(cluster: SlurmCluster, base: CountdownBase) -> None:
     """Conversion on one node, and two checkpoints as an array."""
     checkpoints = base.folder / "checkpoints.txt"
