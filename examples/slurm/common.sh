@@ -3,7 +3,9 @@
 # Variables of the caller that change what it does:
 #   PYTHON         interpreter with this package, on all nodes (.venv/bin/python where there is one, else python)
 #   GPUS_PER_NODE  0: one rank a node, on CPUs (what --gpus-per-node says)
+#   RANKS_PER_NODE ranks on each node (one for each GPU)
 #   MASTER_ADDR    name or address of the first training node (its host name in Slurm)
+#   MASTER_PORT    free there (follows from the number of the job)
 #   INTERFACE      network interface for NCCL and gloo, such as ib0 or eth0 (they choose)
 set -euo pipefail
 
