@@ -120,6 +120,6 @@ class Job:
         return self.shown("JobState")
 
     def start_now(self) -> None:
-        """Slurm lets a requeued job wait for two minutes."""
+        """Slurm lets a requeued job wait for two minutes. Some it needs: nodes still refuse it at once."""
         self.wait_until(lambda: self.shown("JobState") == "PENDING")
-        self.cluster.run("scontrol", "update", f"jobid={self.number}", "StartTime=now")
+        self.cluster.run("scontrol", "update", f"jobid={self.number}", "StartTime=now+3")
