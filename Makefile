@@ -23,7 +23,7 @@ HAS_PYTHON = $(if $(PYTHON),$(PYTHON) $(IS_RECENT),false) || { \
     exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install sglang-cpu both browser demo test coverage lint format docs dist clean
+.PHONY: help install sglang-cpu both browser slurm demo test test-slurm coverage lint format docs dist clean
 
 help: ## Print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,7 +32,7 @@ demo: $(INSTALLED) $(if $(filter sglang,$(ROLLOUT)),$(SGLANG_INSTALLED)) ## Cold
 	$(BIN)/python examples/countdown/demo.py --out runs/demo --rollout $(ROLLOUT) $(DEMO_ARGS)
 
 # Both parts run, so that one call shows everything that is wrong.
-test: both browser ## Linters and all tests (those that need a GPU are skipped without one)
+test: both browser slurm ## Linters and all tests (those that need a GPU are skipped without one)
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || status=1; \
@@ -40,6 +40,9 @@ test: both browser ## Linters and all tests (those that need a GPU are skipped w
 
 coverage: $(INSTALLED) ## How much of the pure modules their tests run (at least 95 %)
 	$(BIN)/python -m tests.pure_coverage
+
+test-slurm: both slurm ## All tests of examples/slurm on a real Slurm, those too slow for `make test` too
+	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS) tests/test_slurm.py
 
 lint: $(INSTALLED) ## Linter, formatter (check only), type checker
 	@status=0; \
@@ -72,6 +75,17 @@ browser: # quiet, and only where it can: nothing else needs it
 	    && DEBIAN_FRONTEND=noninteractive timeout 600 apt-get -qq install --yes --no-install-recommends \
 	        chromium fonts-dejavu-core >/dev/null 2>&1; } \
 	    || echo "no Chromium: the tests that open the report in a browser are skipped"
+
+# Tests of examples/slurm start a Slurm of their own, and are skipped without one.
+NO_SERVICES := /usr/sbin/policy-rc.d
+slurm: # quiet, and only where it can; Debian asks NO_SERVICES whether an installation may start services
+	@command -v slurmctld >/dev/null || test -x /usr/sbin/slurmctld || { test "$$(id -u)" = 0 \
+	    && command -v apt-get >/dev/null && echo "installing Slurm for the tests of examples/slurm" \
+	    && { test -e $(NO_SERVICES) || { printf '#!/bin/sh\nexit 101\n' > $(NO_SERVICES) && chmod +x $(NO_SERVICES) \
+	        && trap 'rm -f $(NO_SERVICES)' EXIT; }; } && timeout 120 apt-get -qq update >/dev/null 2>&1 \
+	    && DEBIAN_FRONTEND=noninteractive timeout 600 apt-get -qq install --yes --no-install-recommends \
+	        slurmctld slurmd iproute2 procps >/dev/null 2>&1; } \
+	    || echo "no Slurm: the tests that start one are skipped"
 
 # The stamp is written last: an interrupted installation is taken up again.
 $(INSTALLED): setup.py constraints.txt

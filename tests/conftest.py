@@ -19,6 +19,7 @@ WITH_SERVERS = (
     "test_sglang_engine",
     "test_sglang_evaluation",
     "test_sglang_training",
+    "test_slurm",
     "test_transport",
 )
 

@@ -50,9 +50,9 @@ class CountdownBase:
 def make_countdown_base(folder: Path) -> CountdownBase:
     """Data and base model, by the commands of the example (about 15 s on one core)."""
     prepare = ("--num-demonstrations", "38400", "--num-train", "2000", "--num-heldout", "16")
-    _run(sys.executable, str(COUNTDOWN / "prepare.py"), "--out", str(folder / "data"), *prepare)
-    _run(
-        sys.executable, "-m", "apo_megatron.sft", "--config", str(COUNTDOWN / "sft.yaml"),
+    run_example(str(COUNTDOWN / "prepare.py"), "--out", str(folder / "data"), *prepare)
+    run_example(
+        "-m", "apo_megatron.sft", "--config", str(COUNTDOWN / "sft.yaml"),
         f"model.hf_path={folder / 'data' / 'init'}", f"data.train_path={folder / 'data' / 'sft.jsonl'}",
         f"train.run_dir={folder / 'base'}", "train.num_steps=150", "parallel.tensor_parallel_size=1",
         "optimizer.lr=4e-3", "optimizer.lr_warmup_steps=10",
@@ -60,7 +60,10 @@ def make_countdown_base(folder: Path) -> CountdownBase:
     return CountdownBase(folder)
 
 
-def _run(*command: str) -> None:
+def run_example(*words: str) -> None:
+    """``python WORDS`` in the root of the checkout, without GPUs; fails the test where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,19 @@ def test_sources(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(RolloutError, match="expected a JSON list"):
             FileServers(str(path)).addresses()
+
+
+def test_servers_of_a_folder(tmp_path: Path) -> None:
+    """A file for each machine; a name is unique on its machine only."""
+    source = FileServers(str(tmp_path))
+    assert source.addresses() == {}
+    for node, port in (("b", 2), ("a", 1)):
+        (tmp_path / f"{node}.json").write_text(
+            json.dumps([{"name": "server-0", "url": f"http://{node}:{port}"}])
+        )
+    assert source.addresses() == {"a/server-0": "http://a:1", "b/server-0": "http://b:2"}
+    (tmp_path / "a.json").write_text("[]")
+    assert source.addresses() == {"b/server-0": "http://b:2"}
 
 
 def test_limits_of_the_model() -> None:

@@ -23,7 +23,9 @@ class SGLangConfig(Section):
         (), description="Servers that run already, http://host:port; empty = the run starts num_servers."
     )
     servers_file: str | None = Field(
-        None, description="JSON list of servers that a supervisor (the Ray launcher) keeps up to date."
+        None,
+        description="JSON list of servers that a supervisor (the Ray launcher) keeps up to date; or a folder "
+        "of such lists, one a machine.",
     )
     router_url: str | None = Field(
         None, description="Router that /generate goes through; weights and control go to the servers."

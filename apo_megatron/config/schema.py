@@ -91,16 +91,6 @@ class ParallelConfig(Section):
             )
         return None
 
-    @property
-    def sequence_multiple(self) -> int:
-        """What the tokens of a sequence must be a multiple of: context ranks have two equal chunks."""
-        return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
-
-    @property
-    def token_multiple(self) -> int:
-        """What the tokens of a micro-batch must be a multiple of, for its ranks to have equally many."""
-        return self.sequence_multiple * (self.tensor_parallel_size if self.sequence_parallel else 1)
-
     @rule
     def sequence_parallel_needs_tensor_parallel(self) -> str | None:
         """`sequence_parallel` needs `tensor_parallel_size` > 1: it shards over the tensor axis."""
@@ -397,13 +387,25 @@ def _warmup_problem(optimizer: OptimizerConfig, num_updates: int) -> str | None:
     )
 
 
+def sequence_multiple(context: int) -> int:
+    """What the tokens of a sequence must be a multiple of: context ranks have two equal chunks."""
+    return 2 * context if context > 1 else 1
+
+
+def token_multiple(tensor: int, context: int, sequence_parallel: bool) -> int:
+    """What the tokens of a micro-batch must be a multiple of, for its ranks to have equally many."""
+    return sequence_multiple(context) * (tensor if sequence_parallel else 1)
+
+
 def _packing_problem(
     parallel: ParallelConfig, max_tokens: int | None, longest: int, names: str
 ) -> str | None:
     """``longest``: tokens of the longest sequence, the sum of the fields ``names``."""
     if max_tokens is None:
         return None
-    multiple = parallel.token_multiple
+    multiple = token_multiple(
+        parallel.tensor_parallel_size, parallel.context_parallel_size, parallel.sequence_parallel
+    )
     field = f"train.max_tokens_per_micro_batch={max_tokens}"
     if max_tokens % multiple:
         return (

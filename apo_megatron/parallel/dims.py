@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from apo_megatron.config.schema import ParallelConfig
+from apo_megatron.config.schema import ParallelConfig, sequence_multiple, token_multiple
 from apo_megatron.errors import ConfigError
 
 
@@ -27,8 +27,6 @@ class ParallelDims:
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
-    sequence_multiple: int = 1  # these two as ParallelConfig says
-    token_multiple: int = 1
 
     @property
     def model(self) -> int:
@@ -43,6 +41,16 @@ class ParallelDims:
     @property
     def data(self) -> int:
         return self.world // self.model
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the tokens of a sequence must be a multiple of."""
+        return sequence_multiple(self.context)
+
+    @property
+    def token_multiple(self) -> int:
+        """What the tokens of a micro-batch must be a multiple of."""
+        return token_multiple(self.tensor, self.context, self.sequence_parallel)
 
     @staticmethod
     def from_config(cfg: ParallelConfig, world: int) -> ParallelDims:
@@ -60,8 +68,6 @@ class ParallelDims:
             distributed_optimizer=cfg.distributed_optimizer,
             overlap_grad_reduce=cfg.overlap_grad_reduce,
             overlap_param_gather=cfg.overlap_param_gather,
-            sequence_multiple=cfg.sequence_multiple,
-            token_multiple=cfg.token_multiple,
         )
         if world % dims.model != 0:
             raise ConfigError(

@@ -80,31 +80,40 @@ class ListedServers:
 
 
 class FileServers(ListedServers):
-    """Servers that a supervisor keeps listed in a file: a JSON list of {"name": ..., "url": ...}."""
+    """Servers that a supervisor keeps listed in a file: a JSON list of {"name": ..., "url": ...}.
+
+    Or in a folder of such files, one for each machine; a server is then called "file/name".
+    """
 
     def __init__(self, path: str) -> None:
         super().__init__(())
         self._path = Path(path)
-        self._last: dict[str, str] | None = None
+        self._last: dict[Path, dict[str, str]] = {}
 
     def addresses(self) -> dict[str, str]:
         """Empty where the file is not there yet, or has nothing in it."""
+        if not self._path.is_dir():
+            return self._read(self._path)
+        files = sorted(self._path.glob("*.json"))
+        return {f"{file.stem}/{name}": url for file in files for name, url in self._read(file).items()}
+
+    def _read(self, path: Path) -> dict[str, str]:
         try:
-            text = self._path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             return {}
         except (OSError, UnicodeDecodeError) as error:
-            if self._last is not None:  # a shared disk that flickers
-                return self._last
-            raise RolloutError(f"sglang.servers_file={self._path} cannot be read: {error}") from error
+            if path in self._last:  # a shared disk that flickers
+                return self._last[path]
+            raise RolloutError(f"sglang.servers_file={path} cannot be read: {error}") from error
         if not text.strip():
             return {}
         try:
-            self._last = {str(entry["name"]): str(entry["url"]) for entry in json.loads(text)}
-            return self._last
+            self._last[path] = {str(entry["name"]): str(entry["url"]) for entry in json.loads(text)}
+            return self._last[path]
         except (ValueError, TypeError, KeyError) as error:
             raise RolloutError(
-                f'sglang.servers_file={self._path}: expected a JSON list of {{"name": ..., "url": ...}}, '
+                f'sglang.servers_file={path}: expected a JSON list of {{"name": ..., "url": ...}}, '
                 f"found {text[:200]!r}"
             ) from error
 
