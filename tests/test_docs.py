@@ -33,9 +33,9 @@ OUTSIDE = (
     "hf/",
 )
 FILE = re.compile(
-    r"(?:[\w.-]+/)*[\w-]+\.(?:py|sh|yaml|toml|txt|md)|(?:apo_megatron|tests|tools|examples)/[\w./-]*"
+    r"(?:[\w.-]+/)*[\w-]+\.(?:py|sh|sbatch|yaml|toml|txt|md)|(?:apo_megatron|tests|tools|examples)/[\w./-]*"
 )
-SUFFIXES = (".py", ".sh", ".yaml", ".toml", ".md")
+SUFFIXES = (".py", ".sh", ".sbatch", ".yaml", ".toml", ".md")
 Check = Callable[[Path], Iterator[str]]
 PROGRAMS_OF_OTHERS = ("pytest", "pip", "venv", "sglang.launch_server")
 CODE = ("parallel.device",)  # looks like a setting
