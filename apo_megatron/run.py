@@ -119,8 +119,9 @@ class Run:
         """What is configured for the end of a run: a checkpoint, the model in Hugging Face format."""
         if self._step_files is not None:
             self._step_files.finish()
-        if self._cfg.checkpoint.save_final:
-            checkpointer.save(self._cfg.train.num_steps, self._metrics)
+        checkpoint, num_steps = self._cfg.checkpoint, self._cfg.train.num_steps
+        if checkpoint.save_final or (checkpoint.interval and num_steps % checkpoint.interval == 0):
+            checkpointer.save(num_steps, self._metrics)
         checkpointer.finish()
         if self._cfg.checkpoint.export_hf:
             self._exporter.start(self.folder / "hf", actor.weight_source())

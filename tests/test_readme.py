@@ -1,4 +1,4 @@
-"""The commands that the README gives exist, and the demo's whole chain runs (small)."""
+"""The commands that the README gives are right, the demo's whole chain runs (small), and so does the walk."""
 
 from __future__ import annotations
 
@@ -15,68 +15,62 @@ from typing import Any
 import pytest
 
 from apo_megatron.config import EvalConfig, RLConfig, SFTConfig, load_config
-from checkpoints_convert.command import COMMANDS as CONVERSIONS
+from tests.test_project import entry_points
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIG_CLASSES: dict[str, Any] = {
     "apo_megatron.train": RLConfig,
     "apo_megatron.sft": SFTConfig,
     "apo_megatron.evaluate": EvalConfig,
+    "apo_megatron.launch.entry": RLConfig,
 }
+OVERRIDE = re.compile(r"[a-z_.]+=\S+")
 
 
-def _commands(first_word: str) -> list[list[str]]:
-    lines = re.findall(rf"^    ({first_word} .*)$", README.replace("\\\n", " "), re.MULTILINE)
-    return [shlex.split(line.split("  #")[0].split(" [")[0]) for line in lines]
+def _commands(text: str = README) -> list[list[str]]:
+    """Every indented line of ``text``, as words."""
+    lines = re.findall(r"^    (\S.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    return [shlex.split(line.split("  #")[0]) for line in lines]
+
+
+def _module_of(command: list[str]) -> str | None:
+    """The module that a command runs, where it runs one."""
+    modules = {script: module for script, module, _ in entry_points()}
+    return command[command.index("-m") + 1] if "-m" in command else modules.get(command[0])
 
 
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    commands = _commands("make")
-    assert [command[1] for command in commands[:2]] == ["demo", "test"]
+    commands = [command for command in _commands() if command[0] == "make"]
+    assert [command[1] for command in commands] == ["demo", "test"]
     assert {command[1] for command in commands} <= targets
 
 
-def test_scripts_modules_and_configurations_exist() -> None:
-    commands = [*_commands("python"), *_commands("torchrun")]
-    assert len(commands) >= 4
-    for command in commands:
-        if "-m" not in command:
-            assert (ROOT / command[1]).exists(), command
+def test_every_command_exists_and_its_settings_are_accepted() -> None:
+    num_configs = 0
+    for command in _commands():
+        module = _module_of(command)
+        if module is None:
+            for word in command:
+                if word.startswith("examples/"):
+                    assert (ROOT / word).exists(), command
+            assert command[0] in ("make", "python", "python3.11", ".", "pip", "sbatch") or "/" in command[0]
             continue
-        module = command[command.index("-m") + 1]
-        assert find_spec(module) is not None, command
+        assert module == "venv" or find_spec(module) is not None, command
         if module in CONFIG_CLASSES:
-            load_config(CONFIG_CLASSES[module], ROOT / command[command.index("--config") + 1])
-
-
-def test_console_scripts_exist_and_know_their_options() -> None:
-    scripts = dict(re.findall(r'"(apo-[\w-]+) = ([\w.]+):main"', (ROOT / "setup.py").read_text()))
-    commands = [*_commands(r"apo-[\w-]+"), *_commands("torchrun")]
-    seen = set()
-    for command in commands:
-        if command[0] == "apo-convert":
-            module = CONVERSIONS[command[1]]
-        else:
-            module = scripts.get(command[0]) or command[command.index("-m") + 1]
-        source = Path(ROOT, *module.split(".")).with_suffix(".py").read_text()
-        if module.startswith("checkpoints_convert"):
-            seen.add(module)
-            options = [word for word in command[1:] if re.match(r"--(hf|megatron|logits)", word)]
-            assert options and all(f'"{option}"' in source for option in options), command
-    assert len(seen) == 3
+            overrides = [word for word in command if OVERRIDE.fullmatch(word)]
+            config = ROOT / command[command.index("--config") + 1]
+            load_config(CONFIG_CLASSES[module], config, overrides)
+            num_configs += 1
+    assert num_configs >= 4
 
 
 def test_overrides_of_the_text_are_accepted() -> None:
-    overrides = re.findall(r"\b(?:objective|parallel|train)\.\w+=\w+", README)
+    overrides = re.findall(r"`((?:objective|parallel|train)\.\w+=\w+)`", README)
     assert len(overrides) >= 3
-    load_config(RLConfig, ROOT / "examples/countdown/apo.yaml", overrides)
-
-
-def test_linked_files_exist() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)", README)
-    assert links and all((ROOT / link).exists() for link in links)
+    for override in overrides:
+        load_config(RLConfig, ROOT / "examples/countdown/grpo.yaml", [override])
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +96,31 @@ def test_quick_demo_writes_results_and_says_where(demo: tuple[Path, str]) -> Non
         assert result["pass_at_k"].keys() == result["ci95"].keys() == {"1", "2", "4", "8", "16"}
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "comparison.png" in shown and "--nproc-per-node 2" in shown
+
+
+def test_the_walk_runs_as_printed(demo: tuple[Path, str], tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(demo[0])
+    for folder in ("examples", "tools"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    walk = _commands(README.partition("## A walk")[2].partition("\n## ")[0])
+    assert len(walk) == 7
+    shown = []
+    for command in walk:
+        result = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert result.returncode == 0, (command, result.stdout[-2000:], result.stderr[-2000:])
+        shown.append(result.stdout)
+    assert "going on after step 3" in shown[3] and "step 6/6" in shown[3]
+    metrics = (tmp_path / "runs/walk/apo/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    results = json.loads((tmp_path / "runs/walk/evaluation/results.json").read_text())
+    assert "countdown" in json.dumps(results)
+    assert "<svg" in (tmp_path / "runs/walk/report.html").read_text() or "finished" in shown[5]

@@ -345,7 +345,7 @@ class CheckpointConfig(Section):
     """Training checkpoints under run_dir/checkpoints and the final Hugging Face export."""
 
     interval: NonNegativeInt = Field(0, description="Save every so many steps; 0 = never.")
-    save_final: bool = Field(False, description="Save model, optimizer and step when the run ends, too.")
+    save_final: bool = Field(False, description="Save when the run ends, also where interval does not.")
     async_save: bool = Field(True, description="Write files while training goes on; needs a copy in memory.")
     keep_last: NonNegativeInt = Field(0, description="Keep so many of the newest checkpoints; 0 = all.")
     keep_best: NonNegativeInt = Field(0, description="Keep so many with the highest best_metric, too.")
