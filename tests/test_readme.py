@@ -123,4 +123,5 @@ def test_the_walk_runs_as_printed(demo: tuple[Path, str], tmp_path: Path) -> Non
     assert [json.loads(line)["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
     results = json.loads((tmp_path / "runs/walk/evaluation/results.json").read_text())
     assert "countdown" in json.dumps(results)
-    assert "<svg" in (tmp_path / "runs/walk/report.html").read_text() or "finished" in shown[5]
+    assert "step 6 of 6" in (tmp_path / "runs/walk/report.html").read_text(encoding="utf-8")
+    assert (tmp_path / "runs/walk/apo/report.html").exists()
