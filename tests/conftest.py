@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
-# Files that start servers, or whole clusters, and mostly wait for them. One process of `make test` begins
-# with these, one after the other (two sets of servers are too much for two cores); another runs the rest.
+# Files that start servers, or whole clusters, and mostly wait for them: one process of `make test` begins
+# with these, another with those that compute.
 WITH_SERVERS = (
     "test_ray_servers",
     "test_server",
@@ -29,10 +30,16 @@ def _needs_servers(nodeid: str) -> bool:
 
 
 class _ServersBesideOthers(LoadScopeScheduling):
-    """All files with servers are one piece of work, the first; each other file is one."""
+    """A file is one piece of work. The first process takes files from the front, where those with servers
+    are, the others from the back: they meet when little is left."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "servers" if _needs_servers(nodeid) else nodeid.split("::")[0]
+        return nodeid.split("::")[0]
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        if node is not self.nodes[0]:
+            self.workqueue.move_to_end(next(reversed(self.workqueue)), last=False)
+        super()._assign_work_unit(node)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
