@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import random
@@ -10,7 +9,6 @@ import re
 import shutil
 import tracemalloc
 from collections.abc import Callable
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -425,16 +423,6 @@ def test_page_and_terminal_warn_of_the_same(
         assert f"note: {where}{warning['text']}" in shown
     write_report([base], out)
     assert not [w for w in data_of(out)["warnings"] if "Holm" in w["text"]]
-
-
-def test_all_parts_of_the_pages_are_packaged() -> None:
-    source = (ROOT / "setup.py").read_text()
-    patterns = ast.literal_eval(re.search(r"package_data=(\{.*?\})", source, re.DOTALL)[1])  # type: ignore[index]
-    files = [p for suffix in ("html", "css", "js") for p in (ROOT / "apo_megatron").rglob(f"*.{suffix}")]
-    assert len(files) > 10
-    for path in files:
-        package = ".".join(path.parent.relative_to(ROOT).parts)
-        assert any(fnmatch(path.name, pattern) for pattern in patterns[package]), path
 
 
 # What a reader would do, and what he then sees.
