@@ -56,7 +56,7 @@ def _environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 def _run_layout(model: Path, layout: dict[str, Any]) -> dict[str, Any]:
     """The result of ``run_one_step``, with the backend."""
-    parallel = init_parallel(ParallelConfig(**layout, timeout_minutes=_MINUTES), SEED)
+    parallel = init_parallel(ParallelConfig(**layout, timeout_minutes=_MINUTES, stall_minutes=0.0), SEED)
     actor = MegatronActor(
         ModelConfig(hf_path=str(model), dtype="float32", make_vocab_size_divisible_by=8),
         OPTIMIZER,
