@@ -119,6 +119,26 @@ def test_a_killed_rank_frees_the_nodes(cluster: SlurmCluster, base: CountdownBas
     assert not psutil.wait_procs(ranks, timeout=5)[1]
 
 
+def test_one_task_of_an_array_is_requeued(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """The last one, whose number is also that of the array: nothing is evaluated."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho evaluating\nexec sleep 60\n")
+    python.chmod(0o755)
+    (tmp_path / "checkpoints.txt").write_text("one\ntwo\n")
+    array = cluster.submit(
+        "examples/slurm/evaluate_array.sbatch", "--config", "none.yaml", options=("--array=1-2", *ON_CPUS),
+        RUN_DIR=str(tmp_path), CHECKPOINTS=str(tmp_path / "checkpoints.txt"), PYTHON=str(python),
+    )  # fmt: skip
+    first, last = (Job(cluster, f"{array.number}_{task}") for task in (1, 2))
+    for task in (first, last):
+        task.wait_until(lambda task=task: "evaluating" in task.text)  # type: ignore[misc]
+    assert last.shown("JobId") == array.number
+    cluster.run("scancel", "--batch", "--signal=USR1", last.number)
+    last.wait_until(lambda: last.shown("Restarts") == "1")
+    assert (first.shown("JobState"), first.shown("Restarts")) == ("RUNNING", "0")
+    cluster.run("scancel", array.number)
+
+
 @pytest.mark.slow
 def test_an_error_of_the_user_is_said_and_not_requeued(cluster: SlurmCluster, base: CountdownBase) -> None:
     job = cluster.submit(TRAIN, "--config", "no/such.yaml", options=ON_CPUS, RUN_DIR=str(base.folder / "no"))
