@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.countdown_base import COUNTDOWN, CountdownBase, run_example
+from tests.run_metrics import repeatable_metrics
 from tests.sglang_servers import sglang_python
 from tests.slurm_cluster import Job, SlurmCluster
 
@@ -69,10 +70,8 @@ def _submit(
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of a run but for its times, and for what is measured when a run starts again."""
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "canary_gap"} for row in rows]
+    """Also without what is measured when a run starts again."""
+    return repeatable_metrics(folder, "canary_gap") if (folder / "metrics.jsonl").exists() else []
 
 
 def test_a_run_that_is_stopped_and_requeued_ends_like_one_that_is_not(
