@@ -123,6 +123,17 @@ def test_resuming_where_there_is_no_checkpoint_starts_anew(folder: Path) -> None
     assert (folder / "anew" / "evaluation_start.json").exists()
 
 
+def test_a_failed_last_evaluation_does_not_cost_the_end_of_the_run(folder: Path) -> None:
+    config = _config(folder, "unmeasured", "tp2")
+    config["train"]["num_steps"] = 2
+    config["optimizer"]["lr_warmup_steps"] = 0
+    run = {"config": config, "fails_at_end": True}
+    ((outcome,), _) = run_distributed(2, "tests.workers.resume:run_all", {"runs": [run]})
+    assert outcome["ended"] == "RolloutError: no server"
+    assert (folder / "unmeasured" / "checkpoints" / "latest").read_text().strip() == "step_000002"
+    assert (folder / "unmeasured" / "hf" / "model.safetensors").exists()
+
+
 def test_another_model_than_at_the_beginning_is_refused(folder: Path) -> None:
     config = _config(folder, "replaced", "tp2", interval=1)
     config["model"]["hf_path"] = str(folder / "replaced_model")
