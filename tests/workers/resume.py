@@ -46,7 +46,7 @@ def _run(config: dict[str, Any], stop_in: int | None, fails_at_end: bool) -> dic
         return trained_sequences(groups)
 
     apo_megatron.train.trained_sequences = record
-    Evaluator.run = evaluate  # type: ignore[method-assign]
+    Evaluator.run = evaluate  # type: ignore[method-assign,assignment]
     apo_megatron.training_data.build_reward = lambda cfg: ToyReward(starts_low)
     ended = ""
     try:
