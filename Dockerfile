@@ -2,6 +2,7 @@
 # requirements of these projects; it has NOT been built or run by our tests.
 #
 #   docker build -t apo_megatron .
+#   sudo chown -R 10001 runs    # the user of the image, who writes there
 #   docker run --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/runs:/workspace/runs" apo_megatron apo-doctor
 #
 # CUDA_IMAGE must be of the CUDA release that torch is built for, because TransformerEngine and Apex are compiled

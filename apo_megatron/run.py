@@ -56,6 +56,7 @@ class Run:
             check_destinations(cfg.logging)
             self.folder.mkdir(parents=True, exist_ok=True)
             put_away(self.folder)
+            forget_outcome(self.folder)
         self._watchdog = Watchdog(
             self.folder,
             parallel.rank,
@@ -111,7 +112,6 @@ class Run:
             self._closing.callback(self._step_files.close)
         if self._parallel.is_main:
             dump_config(self._cfg, self.folder / "config.yaml")
-            forget_outcome(self.folder)
         activity.current.begin_step(start + 1)
         return start
 

@@ -96,8 +96,8 @@ def train(cfg: RLConfig) -> None:
                 metrics |= evaluator.metrics(version)
             run.finish_step(step, metrics, actor, checkpointer)
 
+        run.finish(checkpointer, actor)  # first: the evaluation may take hours, and a time limit ends it
         evaluator.run("final", version)
-        run.finish(checkpointer, actor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

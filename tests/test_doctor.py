@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from apo_megatron import doctor
 from apo_megatron.config import RLConfig, load_config
-from apo_megatron.diagnosis import gpus, host, installed, packages, run_config, storage
+from apo_megatron.diagnosis import check_command, gpus, host, installed, packages, run_config, storage
 from apo_megatron.diagnosis.check_command import EXIT_PROBLEM
 from apo_megatron.diagnosis.finding import Finding
 from apo_megatron.parallel.device_facts import Driver, Gpu, TorchDevices, read_driver, read_topology
@@ -42,8 +42,6 @@ def test_this_machine_can_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_findings_are_printed_with_advice_and_a_summary(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from apo_megatron.diagnosis import check_command
-
     made_up = [Finding("A", "x", "ok", "fine"), Finding("A", "y", "problem", "[broken]", "mend it")]
     monkeypatch.setattr(check_command, "find", lambda options: made_up)
     assert doctor.main([]) == EXIT_PROBLEM
@@ -140,6 +138,7 @@ def devices(*gpus: Gpu, cuda: str | None = "12.8") -> TorchDevices:
         (devices(cuda=None), Driver("570.1", "12.8", 2, {}), "problem", "CPU build"),
         (devices(cuda="13.0"), Driver("570.1", "12.8", 2, {}), "problem", "serves CUDA up to 12.8"),
         (devices(cuda="12.9"), Driver("570.1", "12.8", 2, {}), "problem", "sees none of the 2"),
+        (devices(cuda="12.9"), Driver("570.1", "N/A", 2, {}), "problem", "sees none of the 2"),
         (devices(H100), Driver("570.1", "12.8", 1, {}), "ok", "driver 570.1"),
         (devices(H100), None, "ok", "nvidia-smi is not here"),
     ],
@@ -326,6 +325,28 @@ def test_what_a_run_lacks_is_a_problem(override: str, subject: str, message: str
     findings = run_config.findings_of(load_config(RLConfig, run_file, [override]), world_size=1)
     (found,) = [finding for finding in findings if finding.status == "problem"]
     assert found.subject == subject and message in found.message
+
+
+def test_a_layout_of_several_ranks_needs_no_world_size(
+    run_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    default = str(check_command.command_parser().parse_args([]).world_size)
+    monkeypatch.setattr(sys, "argv", ["", str(run_file), default, "parallel.pipeline_parallel_size=2"])
+    run_config.main()
+    *_, plan = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert plan["status"] == "ok" and "2 rank(s)" in plan["message"]
+
+
+def test_a_model_that_is_only_on_the_hub_is_no_problem(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cfg = load_config(RLConfig, run_file, ["model.hf_path=owner/name"])
+    (found,) = run_config.findings_of(cfg, world_size=1)
+    assert found.status == "warning" and "not in the model cache" in found.message
+    cfg = load_config(RLConfig, run_file, ["model.hf_path=/no/such/model"])
+    assert {finding.status for finding in run_config.findings_of(cfg, world_size=1)[1:]} == {"problem"}
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,11 @@ from apo_megatron.health.stamp import (
     read_stamp,
     write_stamp,
 )
-from apo_megatron.health.watchdog import put_away
+from apo_megatron.health.watchdog import Watchdog, put_away
 from apo_megatron.parallel.collective_log import rank_list
 from apo_megatron.telemetry.command import EXIT_STALLED
 from tests.distributed import ROOT, DistributedRun, run_distributed
+from tests.run_metrics import repeatable_metrics
 from tests.tiny_models import make_tiny_model
 
 TARGET = "tests.workers.hang:train_and_stop"
@@ -65,11 +66,6 @@ def _config(folder: Path, name: str, **checkpoint: Any) -> dict[str, Any]:
 
 def _payload(folder: Path, name: str, **how: Any) -> dict[str, Any]:
     return {"config": _config(folder, name), "victim": -1, "how": "", "step": STEP_OF_STALL, **how}
-
-
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
 
 # Asleep as the last of two stages, so that the first waits for its message.
@@ -117,7 +113,7 @@ def _goes_on(folder: Path, name: str, summary: str) -> None:
     """With the metrics of a run that was never broken; the report is put away."""
     run_dir = folder / name
     run_distributed(2, TARGET, {**_payload(folder, name), "config": _config(folder, name, resume="auto")})
-    assert _metrics(run_dir) == _metrics(folder / "unbroken")
+    assert repeatable_metrics(run_dir) == repeatable_metrics(folder / "unbroken")
     assert (run_dir / "hang_1" / "summary.txt").read_text() == summary
     assert not (run_dir / "hang").exists()
     ended = [read_stamp(run_dir, rank) for rank in range(2)]
@@ -296,6 +292,12 @@ def test_a_new_run_puts_the_reports_of_earlier_ones_away(tmp_path: Path) -> None
     assert read_stamp(tmp_path, 2) is None
     assert [(tmp_path / f"hang_{n}" / "summary.txt").read_text() for n in (1, 2)] == ["1", "2"]
     assert not (tmp_path / "hang").exists()
+
+
+def test_a_rank_that_does_not_see_the_folder_yet_makes_it(tmp_path: Path) -> None:
+    """Network file systems remember that a name was not there."""
+    with Watchdog(tmp_path / "run", rank=1, world=2, stall_minutes=0, timeout_minutes=30):
+        assert read_stamp(tmp_path / "run", 1) is not None
 
 
 def test_ranks_in_words() -> None:

@@ -264,6 +264,13 @@ def test_proposals_fit_and_go_on_from_the_configuration(tmp_path: Path) -> None:
         assert sizes == sorted(sizes)
 
 
+def test_proposals_keep_the_times_of_the_configuration(tmp_path: Path) -> None:
+    times = {"stall_minutes": 5.0, "timeout_minutes": 10.0}
+    cfg = config(published_model(tmp_path, "Qwen2.5-7B"), parallel=times)
+    found = propose(cfg, Setting(read_architecture(cfg.model.hf_path), 8, 80 * GIB))
+    assert found and all(plan.cfg.parallel.stall_minutes == 5.0 for plan in found)
+
+
 def test_more_ranks_are_proposed_where_nothing_fits(tmp_path: Path) -> None:
     cfg = config(published_model(tmp_path, "Llama-3-70B"))
     architecture = read_architecture(cfg.model.hf_path)

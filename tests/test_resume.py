@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tests.distributed import run_distributed
+from tests.run_metrics import repeatable_metrics
 from tests.tiny_models import make_tiny_model
 
 NUM_STEPS, STOP_IN = 6, 3
@@ -62,12 +63,6 @@ def _config(folder: Path, name: str, layout: str, **checkpoint: Any) -> dict[str
     }
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of a run but for its times."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
-
-
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "hf" / "model.safetensors")
 
@@ -103,7 +98,7 @@ def test_three_steps_and_three_in_new_processes_equal_six(folder: Path, layout: 
     resumed = run_distributed(2, target, {"runs": again})[0][0]
     assert resumed["ended"] == ""
     _assert_same_rollouts(begun["rollouts"] + resumed["rollouts"], whole["rollouts"])
-    assert _metrics(folder / halves) == _metrics(folder / straight)
+    assert repeatable_metrics(folder / halves) == repeatable_metrics(folder / straight)
     expected = _weights(folder / straight)
     for name, value in _weights(folder / halves).items():
         assert torch.equal(value, expected[name]), name
@@ -123,9 +118,20 @@ def test_resuming_where_there_is_no_checkpoint_starts_anew(folder: Path) -> None
     (folder / "anew").mkdir()
     (folder / "anew" / "metrics.jsonl").write_text('{"step": 1, "reward": 9}\n{"step": 7}\n{"ste')
     run_distributed(2, "tests.workers.resume:run_all", {"runs": [{"config": config}]})
-    rows = _metrics(folder / "anew")
+    rows = repeatable_metrics(folder / "anew")
     assert [row["step"] for row in rows] == [1, 2] and rows[0]["reward"] != 9
     assert (folder / "anew" / "evaluation_start.json").exists()
+
+
+def test_a_failed_last_evaluation_does_not_cost_the_end_of_the_run(folder: Path) -> None:
+    config = _config(folder, "unmeasured", "tp2")
+    config["train"]["num_steps"] = 2
+    config["optimizer"]["lr_warmup_steps"] = 0
+    run = {"config": config, "fails_at_end": True}
+    ((outcome,), _) = run_distributed(2, "tests.workers.resume:run_all", {"runs": [run]})
+    assert outcome["ended"] == "RolloutError: no server"
+    assert (folder / "unmeasured" / "checkpoints" / "latest").read_text().strip() == "step_000002"
+    assert (folder / "unmeasured" / "hf" / "model.safetensors").exists()
 
 
 def test_another_model_than_at_the_beginning_is_refused(folder: Path) -> None:

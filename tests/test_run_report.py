@@ -266,6 +266,18 @@ def test_broken_files_are_named_and_the_page_is_written(tmp_path: Path) -> None:
     assert len(found) == 3 and (tmp_path / "out" / "report.html").exists()
 
 
+def test_odd_evaluations_do_not_cost_the_page(tmp_path: Path) -> None:
+    """A metric that only looks like a Pass@K, and an evaluation of no problems."""
+    lines = [
+        {"step": 1, "eval/pass_at_1": 0.1, "eval/pass_at_8": 0.9, "eval/pass_at_all": 1.0},
+        {"step": 2, "eval/pass_at_1": 0.3, "eval/pass_at_8": 0.7},
+    ]
+    none = json.loads(evaluation_json(0.1, 0.9)) | {"num_correct": []}
+    folder = write_run(tmp_path / "run", lines, evaluation_start=json.dumps(none))
+    texts = [finding.text for _, finding in write_run_report([folder], tmp_path / "report.html")]
+    assert any("Pass@8 fell from 90.0 % to 70.0 %" in text for text in texts)
+
+
 def test_folders_without_a_run_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "runs" / "one", [])
     with pytest.raises(DataError, match="holds no run.*there is a run in .*one"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,17 @@ def test_all_layouts_of_this_machine_agree(capsys: pytest.CaptureFixture[str]) -
     if num_gpus() == 0:
         assert found["backend"] == "gloo" and {"DP2", "TP2", "TP2 + SP", "PP2", "CP2"} < layouts.keys()
         assert all(0 < layouts[name]["differences"]["parameters"] < 1e-5 for name in ("DP2", "TP2", "PP2"))
+
+
+def test_no_other_program_can_take_the_ports_of_the_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(folder: Path, size: int, max_seconds: float) -> None:
+        for world in json.loads((folder / "worlds.json").read_text()):
+            socket.create_connection(("127.0.0.1", world["port"]), timeout=5).close()
+
+    monkeypatch.setattr(selftest, "_run_ranks", connect)
+    assert selftest.compare_layouts(tmp_path).comparisons == []
 
 
 def outcome(**differences: float) -> Outcome:

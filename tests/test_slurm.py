@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.countdown_base import COUNTDOWN, CountdownBase, run_example
+from tests.run_metrics import repeatable_metrics
 from tests.sglang_servers import sglang_python
 from tests.slurm_cluster import Job, SlurmCluster
 
@@ -69,10 +70,8 @@ def _submit(
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of a run but for its times, and for what is measured when a run starts again."""
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "canary_gap"} for row in rows]
+    """Also without what is measured when a run starts again."""
+    return repeatable_metrics(folder, "canary_gap") if (folder / "metrics.jsonl").exists() else []
 
 
 def test_a_run_that_is_stopped_and_requeued_ends_like_one_that_is_not(
@@ -117,6 +116,26 @@ def test_a_killed_rank_frees_the_nodes(cluster: SlurmCluster, base: CountdownBas
     assert time.monotonic() - killed_at < FREED_WITHIN
     assert job.shown("Restarts") == "0"
     assert not psutil.wait_procs(ranks, timeout=5)[1]
+
+
+def test_one_task_of_an_array_is_requeued(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """The last one, whose number is also that of the array: nothing is evaluated."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho evaluating\nexec sleep 60\n")
+    python.chmod(0o755)
+    (tmp_path / "checkpoints.txt").write_text("one\ntwo\n")
+    array = cluster.submit(
+        "examples/slurm/evaluate_array.sbatch", "--config", "none.yaml", options=("--array=1-2", *ON_CPUS),
+        RUN_DIR=str(tmp_path), CHECKPOINTS=str(tmp_path / "checkpoints.txt"), PYTHON=str(python),
+    )  # fmt: skip
+    first, last = (Job(cluster, f"{array.number}_{task}") for task in (1, 2))
+    for task in (first, last):
+        task.wait_until(lambda task=task: "evaluating" in task.text)  # type: ignore[misc]
+    assert last.shown("JobId") == array.number
+    cluster.run("scancel", "--batch", "--signal=USR1", last.number)
+    last.wait_until(lambda: last.shown("Restarts") == "1")
+    assert (first.shown("JobState"), first.shown("Restarts")) == ("RUNNING", "0")
+    cluster.run("scancel", array.number)
 
 
 @pytest.mark.slow

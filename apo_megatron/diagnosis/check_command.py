@@ -89,7 +89,11 @@ def command_parser() -> CommandParser:
     )
     parser.add_argument("--config", metavar="FILE", type=Path, help="check what this run needs, too")
     parser.add_argument(
-        "--world-size", metavar="N", type=int, default=1, help="its ranks (default: %(default)s)"
+        "--world-size",
+        metavar="N",
+        type=int,
+        default=0,
+        help="its ranks (default: the fewest that its layout takes)",
     )
     parser.add_argument(
         "--run-dir", metavar="DIR", help="measure this folder (default: train.run_dir of --config, or runs)"

@@ -59,7 +59,8 @@ def check_build(devices: Any, driver: Any) -> Finding:
             f"{driver.num_gpus} GPU(s), but {built_for}: runs would use the CPU",
             "install torch's CUDA build: docs/installation.md",
         )
-    if Version(devices.cuda_version).major > Version(driver.cuda_version).major:
+    is_known = driver.cuda_version[:1].isdigit()  # N/A in a container that was given no libcuda
+    if is_known and Version(devices.cuda_version).major > Version(driver.cuda_version).major:
         return SECTION.problem(
             subject, found, "update the driver, or install a torch that is built for an older CUDA"
         )

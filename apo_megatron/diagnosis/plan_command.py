@@ -41,7 +41,7 @@ def plan(words: Sequence[str]) -> int:
     gpu_bytes = gpu_memory_bytes() or DEFAULT_DEVICE_GIB * _GIB
     setting = Setting(
         architecture=read_architecture(cfg.model.hf_path),
-        world=options.world_size or _default_world(cfg.parallel),
+        world=options.world_size or default_world(cfg.parallel),
         device_bytes=gpu_bytes if options.device_memory_gib is None else options.device_memory_gib * _GIB,
         sequence_length=options.sequence_length,
     )
@@ -57,7 +57,7 @@ def plan(words: Sequence[str]) -> int:
     return 0 if planned.fits else EXIT_DOES_NOT_FIT
 
 
-def _default_world(cfg: ParallelConfig) -> int:
+def default_world(cfg: ParallelConfig) -> int:
     """That of torchrun, or the fewest ranks on which the mesh exists."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])

@@ -2,6 +2,7 @@
 
     python -m apo_megatron.diagnosis.run_config RUN.yaml 8 [section.field=value ...]
 
+0 for 8: the fewest ranks that the layout takes.
 A process of its own, so that what it loads can be kept from the network, and cannot take the doctor with it.
 Prints the findings as JSON.
 """
@@ -13,9 +14,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
 from apo_megatron.config import RLConfig, load_config
 from apo_megatron.diagnosis.finding import Finding, Section
-from apo_megatron.diagnosis.plan_command import DEFAULT_DEVICE_GIB
+from apo_megatron.diagnosis.plan_command import DEFAULT_DEVICE_GIB, default_world
 from apo_megatron.errors import ConfigError, DataError, RewardError
 from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.parallel.device_memory import gpu_memory_bytes
@@ -28,7 +32,26 @@ _GIB = 2**30
 
 def findings_of(cfg: RLConfig, world_size: int) -> list[Finding]:
     """Data, tokenizer and reward are read as the run would; nothing is built."""
+    if _is_to_be_fetched(cfg.model.hf_path):
+        return [
+            SECTION.warning(
+                "model",
+                f"model.hf_path={cfg.model.hf_path}: no such directory, and as a hub id not in the model "
+                "cache, so tokenizer, data and plan were not looked at",
+                "a run fetches it where there is a network: fetch it first, then check again",
+            )
+        ]
     return [check_weights(cfg), check_data(cfg), check_plan(cfg, world_size)]
+
+
+def _is_to_be_fetched(hf_path: str) -> bool:
+    """Whether it can only be a hub id, of which nothing is here."""
+    if Path(hf_path).is_dir():
+        return False
+    try:
+        return not isinstance(try_to_load_from_cache(hf_path, "config.json"), str)
+    except HFValidationError:  # not of the form of a hub id
+        return False
 
 
 def check_weights(cfg: RLConfig) -> Finding:
@@ -78,7 +101,8 @@ def check_plan(cfg: RLConfig, world_size: int) -> Finding:
 
 def main() -> None:
     path, world_size, *overrides = sys.argv[1:]
-    found = findings_of(load_config(RLConfig, path, overrides), int(world_size))
+    cfg = load_config(RLConfig, path, overrides)
+    found = findings_of(cfg, int(world_size) or default_world(cfg.parallel))
     print(json.dumps([asdict(finding) for finding in found]))
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from apo_megatron.diagnosis.differences import relative_differences
 from apo_megatron.diagnosis.tiny_model import write_tiny_model
@@ -95,9 +95,11 @@ def compare_layouts(folder: Path, max_seconds: float = MAX_SECONDS) -> Outcome:
     gpus = num_gpus()
     worlds: dict[int, dict[str, Layout]] = {1: {"one rank": {}}}
     worlds |= {size: LAYOUTS[size] for size in world_sizes(gpus)}
+    # Here, as in torchrun: a port that is only chosen may be another program's when the ranks come to it.
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in worlds]
     plan = [
-        {"size": size, "port": port, "layouts": list(layouts.values())}
-        for (size, layouts), port in zip(worlds.items(), _free_ports(len(worlds)), strict=True)
+        {"size": size, "port": store.port, "layouts": list(layouts.values())}
+        for (size, layouts), store in zip(worlds.items(), stores, strict=True)
     ]
     (folder / "worlds.json").write_text(json.dumps(plan))
     failure = _run_ranks(folder, max(worlds), max_seconds)
@@ -167,12 +169,3 @@ def _first_failure(ranks: Sequence[subprocess.Popen[bytes]], max_seconds: float)
         if time.monotonic() > deadline:
             return codes.index(None)
         time.sleep(0.05)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Different ones: all are bound before the first is let go."""
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]

@@ -79,6 +79,8 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         collective_log.log.clear()
+        # Rank 0 has made it; network file systems remember that it was not there, until one tries to make it.
+        (self._run_dir / HEALTH_FOLDER).mkdir(parents=True, exist_ok=True)
         doing, self._place_file = activity.current, PlaceFile(self._run_dir, self._rank)
         doing.listener = lambda: self._place_file.write(doing)
         doing.restart()

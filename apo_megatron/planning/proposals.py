@@ -95,6 +95,7 @@ def _layouts(parallel: ParallelConfig, setting: Setting) -> Iterator[ParallelCon
                 overlap_grad_reduce=parallel.overlap_grad_reduce,
                 overlap_param_gather=parallel.overlap_param_gather,
                 timeout_minutes=parallel.timeout_minutes,
+                stall_minutes=parallel.stall_minutes,
             )
         except ValidationError:
             continue

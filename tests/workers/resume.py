@@ -13,24 +13,31 @@ import apo_megatron.train
 import apo_megatron.training_data
 from apo_megatron.config import RLConfig
 from apo_megatron.data.collate import TrainingSequence
-from apo_megatron.errors import CheckpointError, RunInterrupted
+from apo_megatron.errors import CheckpointError, RolloutError, RunInterrupted
+from apo_megatron.run import Evaluator
 from apo_megatron.train import train
 from apo_megatron.types import SampleGroup
 from tests.workers.training import ToyReward, starts_low
 
-trained_sequences = apo_megatron.train.trained_sequences
+trained_sequences, run_evaluation = apo_megatron.train.trained_sequences, Evaluator.run
 
 
 def run_all(payload: dict[str, Any]) -> list[dict[str, Any]]:
     """Per run its rollouts step by step, and how it ended where it did not reach its end.
 
-    A run with ``stop_in`` gets a signal on its last rank during that step, counted from 1.
+    A run with ``stop_in`` gets a signal on its last rank during that step, counted from 1; one with
+    ``fails_at_end`` cannot make its last evaluation.
     """
-    return [_run(run["config"], run.get("stop_in")) for run in payload["runs"]]
+    return [_run(run["config"], run.get("stop_in"), "fails_at_end" in run) for run in payload["runs"]]
 
 
-def _run(config: dict[str, Any], stop_in: int | None) -> dict[str, Any]:
+def _run(config: dict[str, Any], stop_in: int | None, fails_at_end: bool) -> dict[str, Any]:
     rollouts: list[Any] = []
+
+    def evaluate(evaluator: Evaluator, tag: str, version: int) -> None:
+        if fails_at_end and tag == "final":
+            raise RolloutError("no server")
+        run_evaluation(evaluator, tag, version)
 
     def record(groups: Sequence[SampleGroup]) -> list[TrainingSequence]:
         rollouts.append([_sampled(group) for group in groups])
@@ -39,11 +46,12 @@ def _run(config: dict[str, Any], stop_in: int | None) -> dict[str, Any]:
         return trained_sequences(groups)
 
     apo_megatron.train.trained_sequences = record
+    Evaluator.run = evaluate  # type: ignore[method-assign,assignment]
     apo_megatron.training_data.build_reward = lambda cfg: ToyReward(starts_low)
     ended = ""
     try:
         train(RLConfig.model_validate(config))
-    except (RunInterrupted, CheckpointError) as error:
+    except (RunInterrupted, CheckpointError, RolloutError) as error:
         ended = f"{type(error).__name__}: {error}"
     return {"rollouts": rollouts, "ended": ended}
 

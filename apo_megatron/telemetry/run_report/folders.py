@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,13 @@ class RunRecord:
                 return default
             value = value[part]
         return value
+
+
+def ks_on_the_way(runs: Iterable[RunRecord]) -> list[int]:
+    """The K of the evaluations between the ends, of any of ``runs``, in order."""
+    names = {name for run in runs for line in run.history for name in line}
+    ends = (name.removeprefix(EVALUATION_PREFIX) for name in names if name.startswith(EVALUATION_PREFIX))
+    return sorted(int(end) for end in ends if re.fullmatch("[1-9][0-9]{0,8}", end))
 
 
 def read_runs(folders: Sequence[Path], now: float | None = None) -> list[RunRecord]:

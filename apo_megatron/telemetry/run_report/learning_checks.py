@@ -17,7 +17,7 @@ from apo_megatron.telemetry.run_report.findings import (
     percent,
     standard_error,
 )
-from apo_megatron.telemetry.run_report.folders import EVALUATION_PREFIX, RunRecord
+from apo_megatron.telemetry.run_report.folders import EVALUATION_PREFIX, RunRecord, ks_on_the_way
 
 PASS_AT_1_RISE = 0.02
 PASS_AT_K_FALL, PASS_AT_K_FALL_NOTE = 0.10, 0.05
@@ -84,8 +84,7 @@ def _ends_of_run(run: RunRecord) -> _Ends | None:
 def _ends_on_the_way(run: RunRecord) -> _Ends | None:
     """Of the evaluations between the ends, which have no intervals: noise is two standard errors of a
     difference of two shares of the problems, which is more than that of a paired one."""
-    names = {name for line in run.history for name in line if name.startswith(EVALUATION_PREFIX)}
-    ks = sorted(int(name.removeprefix(EVALUATION_PREFIX)) for name in names)
+    ks = ks_on_the_way([run])
     if len(ks) < 2 or ks[0] != 1:
         return None
     steps, ones = run.values(f"{EVALUATION_PREFIX}1")
@@ -95,7 +94,8 @@ def _ends_on_the_way(run: RunRecord) -> _Ends | None:
     source = f"evaluations after steps {steps[0]:.0f} and {steps[-1]:.0f}"
     known = run.start or run.final
     share = float(many[0] + many[-1]) / 2
-    noise = np.inf if known is None else 2 * np.sqrt(2 * share * (1 - share) / known.num_problems)
+    num_problems = 0 if known is None else known.num_problems
+    noise = 2 * np.sqrt(2 * share * (1 - share) / num_problems) if num_problems else np.inf
     return _Ends(ks[-1], (ones[0], ones[-1]), (many[0], many[-1]), source, float(noise))
 
 

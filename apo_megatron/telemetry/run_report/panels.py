@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from apo_megatron.telemetry.run_report.folders import (
@@ -10,6 +10,7 @@ from apo_megatron.telemetry.run_report.folders import (
     STEP_SECONDS,
     TOKENS_PER_SECOND,
     RunRecord,
+    ks_on_the_way,
 )
 
 
@@ -78,10 +79,10 @@ PANELS = (
 )
 
 
-def panels_of(runs: Iterable[RunRecord]) -> list[Panel]:
+def panels_of(runs: Sequence[RunRecord]) -> list[Panel]:
     """Those of which some run has values; first reward and the evaluations between the ends."""
     keys = {key for run in runs for line in run.history for key in line}
-    ks = sorted(int(key.removeprefix(EVALUATION_PREFIX)) for key in keys if key.startswith(EVALUATION_PREFIX))
+    ks = ks_on_the_way(runs)
     evaluations = [
         Panel(
             LEARNING,
