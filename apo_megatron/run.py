@@ -61,7 +61,7 @@ class Run:
             self.folder,
             parallel.rank,
             parallel.world,
-            cfg.parallel.stall_minutes,
+            cfg.parallel.patience_minutes,
             cfg.parallel.timeout_minutes,
         )
         self._logger: MetricsLogger | None = None
@@ -225,14 +225,15 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closing.close()
-        self._stop_request.__exit__(kind, error, trace)
-        self._display.close()
-        if self._logger is not None:
-            self._logger.close()
-        self._watchdog.__exit__(kind, error, trace)
-        if self._parallel.is_main:
-            write_outcome(self.folder, error)
+        with ExitStack() as ending:  # from the last to the first, each of them also where another fails
+            if self._parallel.is_main:
+                ending.callback(write_outcome, self.folder, error)
+            ending.callback(self._watchdog.__exit__)
+            if self._logger is not None:
+                ending.callback(self._logger.close)
+            ending.callback(self._display.close)
+            ending.callback(self._stop_request.__exit__, kind, error, trace)
+            ending.callback(self._closing.close)
         if self._parallel.is_main and kind is None:
             from apo_megatron.telemetry.plots import run_picture  # here: matplotlib, on one rank only
 

@@ -74,16 +74,21 @@ class ParallelConfig(Section):
         "overlap_grad_reduce.",
     )
     timeout_minutes: PositiveFloat = Field(30.0, description="Time-out of a collective.")
-    stall_minutes: NonNegativeFloat = Field(
-        20.0,
+    stall_minutes: NonNegativeFloat | None = Field(
+        None,
         description="A training run in which no rank makes progress for so long says which rank is behind, "
-        "and ends; 0: it waits for the time-out.",
+        "and ends; null = two thirds of timeout_minutes, 0: it waits for the time-out.",
     )
+
+    @property
+    def patience_minutes(self) -> float:
+        """``stall_minutes``, or what its default stands for."""
+        return 2 / 3 * self.timeout_minutes if self.stall_minutes is None else self.stall_minutes
 
     @rule
     def stalls_end_before_timeout(self) -> str | None:
         """`stall_minutes` is less than `timeout_minutes`: a time-out says nothing about the other ranks."""
-        if self.stall_minutes >= self.timeout_minutes:
+        if self.stall_minutes is not None and self.stall_minutes >= self.timeout_minutes:
             return (
                 f"stall_minutes={self.stall_minutes:g} must be less than timeout_minutes="
                 f"{self.timeout_minutes:g}, or the time-out comes first: lower stall_minutes (0 = off) or "

@@ -57,7 +57,7 @@ def _environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 def _run_layout(model: Path, layout: dict[str, Any]) -> dict[str, Any]:
     """The result of ``run_one_step``, with the backend."""
-    parallel = init_parallel(ParallelConfig(**layout, timeout_minutes=_MINUTES, stall_minutes=0.0), SEED)
+    parallel = init_parallel(ParallelConfig(**layout, timeout_minutes=_MINUTES), SEED)
     actor = MegatronActor(
         ModelConfig(
             hf_path=str(model),

@@ -17,7 +17,8 @@ prepare_job() {
     mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     NUM_NODES=$((${#NODES[@]} - first))
     [ "$NUM_NODES" -gt 0 ] || fail "${#NODES[@]} node(s), of which $first serve: ask for more with --nodes"
-    local requested=${SLURM_GPUS_PER_NODE:-0}  # may have a type in front: h100:8
+    # May have a type in front, h100:8; asked for by --gres there is only the second.
+    local requested=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
     GPUS_PER_NODE=${GPUS_PER_NODE:-${requested##*:}}
     RANKS_PER_NODE=${RANKS_PER_NODE:-$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 1))}
     MASTER_ADDR=${MASTER_ADDR:-${NODES[$first]}}

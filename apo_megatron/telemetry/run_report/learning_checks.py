@@ -25,6 +25,7 @@ COVERAGE_FALL = 0.30  # of what it was
 ENTROPY_LEFT = 0.20  # of what it was
 FEW_STEPS = 20  # fewer show no trend
 FLAT_REWARD_STEPS = 100
+HIGH_REWARD = 0.9  # beyond it there is little left to learn
 MIXED_GROUPS = 0.30
 SKIPPED_STEPS = 0.05
 CLIPPED_TOKENS = 0.30
@@ -142,7 +143,7 @@ def flat_reward(run: RunRecord) -> Iterator[Finding]:
     length = len(values) // 5
     noise = np.hypot(standard_error(values[:length]), standard_error(values[-length:]))
     first, last = ends(values)
-    if last - first > 2 * noise:
+    if last - first > 2 * noise or first > HIGH_REWARD:
         return
     yield Finding(
         PROBLEM,
