@@ -150,8 +150,8 @@ def test_a_configuration_is_frozen(file: Path) -> None:
         ),
         (
             "objective: {mismatch_correction: icpop}",
-            "run.yaml:4: objective.mismatch_correction: found 'icpop', expected one of none, tis, icepop; did "
-            "you mean icepop?",
+            "run.yaml:4: objective.mismatch_correction: found 'icpop', expected one of none, tis, icepop; "
+            "did you mean icepop?",
         ),
         (
             "objective:\n  cispo: {clip_hihg: 4}",

@@ -59,8 +59,12 @@ class GPPOConfig(Section):
 class DCPOConfig(Section):
     """`loss_mode: dcpo_clip`. Clip range that widens as pi_old(y) falls."""
 
-    clip_low: PositiveFloat = Field(0.2, description="As r (1 - r) pi_old(y) <= clip_low for r < 1.")
-    clip_high: PositiveFloat = Field(0.28, description="As r (r - 1) pi_old(y) <= clip_high for r > 1.")
+    clip_low: PositiveFloat = Field(
+        0.2, description="The lower bound is where r (1 - r) pi_old(y) reaches it; at least 1/2."
+    )
+    clip_high: PositiveFloat = Field(
+        0.28, description="The upper bound is where r (r - 1) pi_old(y) reaches it."
+    )
     max_ratio: Annotated[float, Field(gt=1)] = Field(10.0, description="Largest upper bound of the ratio.")
 
 
