@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
+from tests.plain_losses import plain_loss
+
 
 def run_plain(
     model_path: str,
@@ -97,8 +99,12 @@ def _sequence_loss(
         mass = (all_log_probs.exp().gather(-1, top) * keep).sum(-1)
         reference_mass = (reference.exp().gather(-1, top) * keep).sum(-1)
         ratio = objective["apo_push_coeff"] * ratio - objective["apo_pull_coeff"] * mass / reference_mass
-    clipped = ratio.clamp(1 - objective["clip_low"], 1 + objective["clip_high"])
-    loss = torch.maximum(-advantage * ratio, -advantage * clipped)
+    if objective["loss_mode"] in ("apo_ratio", "vanilla"):
+        clipped = ratio.clamp(1 - objective["clip_low"], 1 + objective["clip_high"])
+        loss = torch.maximum(-advantage * ratio, -advantage * clipped)
+    else:
+        advantages = torch.full_like(old, advantage)
+        loss = plain_loss(objective["loss_mode"], log_probs, old, advantages, objective)
     on_all, on_wrong = objective.get("use_kl_loss", False), objective.get("use_kl_loss_on_wrong", False)
     if on_all or (on_wrong and advantage < 0):
         difference = reference.gather(-1, targets[:, None])[:, 0] - log_probs

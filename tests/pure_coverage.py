@@ -36,6 +36,7 @@ TESTS = (
     "overlong",
     "pass_at_k",
     "planning",
+    "policy_losses",
     "weight_names",
     "weights",
 )

@@ -149,6 +149,15 @@ def test_a_configuration_is_frozen(file: Path) -> None:
             "run.yaml:4: objective.kl_estimator: found 'k4', expected one of k1, k2, k3",
         ),
         (
+            "objective: {mismatch_correction: icpop}",
+            "run.yaml:4: objective.mismatch_correction: found 'icpop', expected one of none, tis, icepop; "
+            "did you mean icepop?",
+        ),
+        (
+            "objective:\n  cispo: {clip_hihg: 4}",
+            "run.yaml:5: objective.cispo.clip_hihg: unknown field, did you mean objective.cispo.clip_high?",
+        ),
+        (
             "evaluation: {ks: 8}",
             "run.yaml:4: evaluation.ks: found 8, expected list, each a whole number >= 1",
         ),
@@ -438,6 +447,11 @@ def test_every_rule_has_a_case_and_every_case_its_rule() -> None:
     }
     assert rules == proved
     assert {rule for _, rule in rules} == {rule for _, rule, _, _ in BROKEN_RULES}
+
+
+def test_the_nearest_loss_is_named(file: Path) -> None:
+    assert problem(file, ["objective.loss_mode=gpo"]).endswith("; did you mean gppo?")
+    assert "did you mean" not in problem(file, ["objective.loss_mode=8"])
 
 
 def test_rules_of_a_section_are_reported_together(file: Path) -> None:

@@ -17,7 +17,8 @@ import torch
 from apo_megatron.config import EvalConfig, ObjectiveConfig, RewardConfig, load_config
 from apo_megatron.config.benchmarks import BenchmarkConfig
 from apo_megatron.evaluation import benchmarks
-from apo_megatron.objectives import LossInputs, Objective, policy_losses, registry
+from apo_megatron.objectives import LossInputs, Objective, registry
+from apo_megatron.objectives.policy_losses import clipped
 from apo_megatron.rewards import registry as rewards
 from apo_megatron.rewards import text as reward_module
 from apo_megatron.rollout import embedded
@@ -63,7 +64,7 @@ def test_every_block_of_code_is_run_here() -> None:
 
 def test_the_loss() -> None:
     losses = dict(registry.POLICY_LOSSES)
-    function = run_in(policy_losses, block("def unclipped"))["unclipped"]
+    function = run_in(clipped, block("def unclipped"))["unclipped"]
     run_in(registry, block("POLICY_LOSSES["), POLICY_LOSSES=losses, unclipped=function)
     log_probs = torch.tensor([-1.0, -2.0], requires_grad=True)
     inputs = LossInputs(

@@ -42,6 +42,26 @@ LOSSES: dict[str, dict[str, Any]] = {
     "kl": {"loss_mode": "vanilla", "use_kl_loss": True, "kl_loss_coeff": 0.5},
     "kl_on_wrong": {"loss_mode": "vanilla", "use_kl_loss_on_wrong": True, "kl_loss_coeff": 0.5},
 }
+# The other losses, bounded so closely that the second update reaches the bounds. On two processes only.
+METHODS: dict[str, dict[str, Any]] = {
+    name: {"loss_mode": name, "clip_low": 0.01, "clip_high": 0.01, "dual_clip": 1.05, **settings}
+    for name, settings in {
+        "cispo": {"cispo": {"clip_low": 0.01, "clip_high": 0.01}},
+        "dispo": {
+            "dispo": {
+                "right_clip_low": 0.01,
+                "right_clip_high": 0.02,
+                "wrong_clip_low": 0.02,
+                "wrong_clip_high": 0.01,
+            }
+        },
+        "sapo": {"sapo": {"right_temperature": 8.0, "wrong_temperature": 9.0}},
+        "gppo": {"gppo": {"right_gradient": 0.5, "wrong_gradient": 0.75}},
+        "dcpo_clip": {"dcpo": {"clip_low": 1e-4, "clip_high": 1e-4, "max_ratio": 1.5}},
+        "dppo_tv": {"dppo": {"max_increase": 1e-4, "max_decrease": 1e-4, "max_weight": 1.01}},
+    }.items()
+}
+METHOD_LAYOUTS = ("one", "tp2", "pp2")
 AGGREGATIONS: dict[str, dict[str, Any]] = {
     "token-mean": {"loss_aggregation": "token-mean"},
     "seq-mean-token-mean": {"loss_aggregation": "seq-mean-token-mean"},
@@ -92,10 +112,21 @@ def _cases(world: int) -> list[dict[str, Any]]:
                     "reference": f"{loss}:{aggregation}",
                 }
             )
+        if world == 2 and name in METHOD_LAYOUTS:
+            layout = {**LAYOUTS[name], "distributed_optimizer": False}
+            cases += [
+                {**_case(name), "layout": layout, "micro_batch_size": next(sizes), **_method(method)}
+                for method in METHODS
+            ]
         next(sizes)  # shift, so that sizes and objectives meet in other pairs on the next layout
     if world == 2:
         cases += [_case("tp2_sp", recompute="full"), _case("pp2_vpp2", recompute="selective")]
     return cases
+
+
+def _method(name: str) -> dict[str, Any]:
+    objective = {**DEFAULTS, **METHODS[name], **AGGREGATIONS["token-mean"]}
+    return {"objective": objective, "reference": name}
 
 
 def _case(layout: str, **settings: Any) -> dict[str, Any]:
@@ -123,16 +154,21 @@ def payload(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected(payload: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    objectives = {
+        f"{loss}:{aggregation}": {**DEFAULTS, **LOSSES[loss], **AGGREGATIONS[aggregation]}
+        for loss, aggregation in itertools.product(LOSSES, AGGREGATIONS)
+    }
+    objectives |= {name: _method(name)["objective"] for name in METHODS}
     return {
-        f"{loss}:{aggregation}": run_plain(
+        reference: run_plain(
             payload["model_path"],
             payload["sequences"],
-            {**DEFAULTS, "kl_loss_coeff": 0.0, **LOSSES[loss], **AGGREGATIONS[aggregation]},
+            {"kl_loss_coeff": 0.0, **objective},
             OPTIMIZER,
             NUM_MINI_BATCHES,
             SEED,
         )
-        for loss, aggregation in itertools.product(LOSSES, AGGREGATIONS)
+        for reference, objective in objectives.items()
     }
 
 

@@ -23,7 +23,7 @@ COMMANDS: dict[str, type[Section]] = {
     "tools.prepare_data": PrepareConfig,
 }
 INTRODUCTION = """\
-<!-- Written by tools/document_config.py (make docs): change apo_megatron/config/schema.py instead. -->
+<!-- Written by tools/document_config.py (make docs): change apo_megatron/config/ instead. -->
 
 # Configuration
 

@@ -3,12 +3,12 @@
 from apo_megatron.config.evaluate import EvalConfig
 from apo_megatron.config.evaluation import EvaluationConfig
 from apo_megatron.config.loader import dump_config, load_config
+from apo_megatron.config.objective import ObjectiveConfig
 from apo_megatron.config.schema import (
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     RewardConfig,

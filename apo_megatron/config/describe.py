@@ -34,6 +34,12 @@ def item_section_of(info: FieldInfo) -> type[BaseModel] | None:
     return item if isinstance(item, type) and issubclass(item, BaseModel) else None
 
 
+def choices_of(info: FieldInfo) -> tuple[str, ...]:
+    """The names that a field chooses from; () for a field that is no choice."""
+    is_choice = get_origin(info.annotation) is Literal
+    return tuple(map(str, get_args(info.annotation))) if is_choice else ()
+
+
 def describe_default(info: FieldInfo) -> str:
     """The default of a plain field as one would write it into YAML, text without quotes."""
     if _is_mapping(info.annotation):

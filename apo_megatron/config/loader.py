@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from apo_megatron.config.base_files import read_with_bases
 from apo_megatron.config.describe import (
+    choices_of,
     describe_type,
     describe_value,
     is_optional,
@@ -113,7 +114,10 @@ def _explain(
         yield f"{place}: {'.'.join(key)}: missing, expected {describe_type(info)}{meaning}"
     else:
         found = describe_value(details["input"])
-        yield f"{place}: {'.'.join(map(str, details['loc']))}: found {found}, expected {describe_type(info)}"
+        near = get_close_matches(str(details["input"]), choices_of(info), n=1)
+        advice = f"; did you mean {near[0]}?" if near else ""
+        name = ".".join(map(str, details["loc"]))
+        yield f"{place}: {name}: found {found}, expected {describe_type(info)}{advice}"
 
 
 def _section_at(cls: type[BaseModel], key: KeyPath) -> type[BaseModel] | None:

@@ -1,7 +1,8 @@
 """Every setting, typed, documented once. Frozen: a run never changes its configuration.
 
 Defaults < YAML < ``section.field=value`` overrides (see ``loader.py``). Rules that span fields are the
-methods marked ``@rule``. docs/configuration.md is generated from this file.
+methods marked ``@rule``. The larger sections have files of their own beside this one. docs/configuration.md
+is generated from all of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pydantic import Field
 
 from apo_megatron.config.data import DataConfig, SupervisedDataConfig
 from apo_megatron.config.evaluation import EvaluationConfig
+from apo_megatron.config.objective import ObjectiveConfig
 from apo_megatron.config.rollout import RolloutConfig
 from apo_megatron.config.section import (
     FrozenList,
@@ -23,9 +25,6 @@ from apo_megatron.config.section import (
     Section,
     rule,
 )
-
-# push - pull may not lie on the clip boundary either; rounding (1.38 - 0.1 < 1.28) must not decide that.
-_ROUNDING = 1e-9
 
 
 class ModelConfig(Section):
@@ -176,105 +175,6 @@ class RewardConfig(VerifierConfig):
             re.compile(self.format_pattern)
         except re.error as error:
             return f"format_pattern={self.format_pattern!r} is no regular expression: {error}"
-        return None
-
-
-class ObjectiveConfig(Section):
-    """The policy loss. Names as in the paper's release; formulas in docs/objective.md."""
-
-    loss_mode: Literal["apo_ratio", "vanilla"] = Field("apo_ratio", description="APO, or GRPO/PPO clip.")
-    advantage_estimator: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline"] = Field(
-        "grpo", description="How group rewards become advantages."
-    )
-    loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
-        "token-mean", description="How token losses become one number, over the whole mini-batch."
-    )
-    loss_aggregation_constant: PositiveInt | None = Field(
-        None, description="Divisor of seq-mean-token-sum-norm (Dr.GRPO: the longest response)."
-    )
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.2, description="Ratio clipped under 1 - clip_low."
-    )
-    clip_high: PositiveFloat = Field(0.28, description="Ratio clipped over 1 + clip_high.")
-    dual_clip: float | None = Field(None, description="Bound of the loss at -A * dual_clip where A < 0.")
-    apo_push_coeff: PositiveFloat = Field(1.05, description="lambda: weight of the ratio where A < 0.")
-    apo_pull_coeff: NonNegativeFloat = Field(0.1, description="beta: weight of the anchor ratio where A < 0.")
-    apo_topk: PositiveInt = Field(8, description="K: size of the reference support.")
-    apo_exclude_sampled: bool = Field(True, description="Leave the sampled token out of the anchor support.")
-    support_telemetry: bool = Field(
-        True, description="Log anchor metrics for losses that do not need them (one reference pass)."
-    )
-    old_log_probs: Literal["recompute", "rollout"] = Field(
-        "recompute", description="log pi_old by the actor's own pass, or as the engine reported it."
-    )
-    mismatch_correction: Literal["none", "tis", "icepop"] = Field(
-        "none", description="Token weights for pi_old / pi_rollout: truncated (TIS) or masked (IcePop)."
-    )
-    tis_cap: Annotated[float, Field(ge=1)] = Field(2.0, description="TIS: largest weight.")
-    icepop_low: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="IcePop: tokens with a smaller ratio get weight 0."
-    )
-    icepop_high: Annotated[float, Field(ge=1)] = Field(
-        5.0, description="IcePop: tokens with a larger ratio get weight 0."
-    )
-    use_kl_loss: bool = Field(False, description="KL to the reference on all trained tokens.")
-    use_kl_loss_on_wrong: bool = Field(False, description="KL to the reference only where A < 0.")
-    kl_loss_coeff: NonNegativeFloat = Field(0.02, description="Weight of either KL loss.")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of that KL.")
-    entropy_coeff: NonNegativeFloat = Field(0.0, description="Weight of the entropy bonus.")
-
-    @rule
-    def wrong_tokens_must_not_start_clipped(self) -> str | None:
-        """With `apo_ratio`, `apo_push_coeff` - `apo_pull_coeff` (where a wrong token's ratio starts) must lie
-        inside (1 - `clip_low`, 1 + `clip_high`): outside it there is no gradient."""
-        start = self.apo_push_coeff - self.apo_pull_coeff
-        low, high = 1 - self.clip_low, 1 + self.clip_high
-        if self.loss_mode == "apo_ratio" and not low + _ROUNDING < start < high - _ROUNDING:
-            return (
-                f"apo_push_coeff - apo_pull_coeff = {start:.4g} lies outside the clip range "
-                f"({low:.4g}, {high:.4g}) given by clip_low and clip_high: every wrong token would start "
-                "clipped, without a gradient. Bring the difference closer to 1, or widen the clip range"
-            )
-        return None
-
-    @rule
-    def dual_clip_is_above_the_clip_range(self) -> str | None:
-        """`dual_clip` must be above 1 + `clip_high`, or it would cut what the clip range lets through."""
-        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
-            return (
-                f"dual_clip={self.dual_clip} must be above 1 + clip_high = {1 + self.clip_high:.4g}, or null"
-            )
-        return None
-
-    @rule
-    def correction_compares_two_passes(self) -> str | None:
-        """`mismatch_correction` needs `old_log_probs` = recompute: taken from the rollout, pi_old is
-        pi_rollout and there is nothing to correct."""
-        if self.mismatch_correction != "none" and self.old_log_probs == "rollout":
-            return (
-                f"mismatch_correction={self.mismatch_correction} with old_log_probs=rollout: both would be "
-                "the engine's log-probs; set old_log_probs=recompute, or mismatch_correction=none"
-            )
-        return None
-
-    @rule
-    def one_kl_loss_at_most(self) -> str | None:
-        """`use_kl_loss` and `use_kl_loss_on_wrong` exclude each other."""
-        if self.use_kl_loss and self.use_kl_loss_on_wrong:
-            return "use_kl_loss and use_kl_loss_on_wrong are both true: set one of them to false"
-        return None
-
-    @rule
-    def constant_goes_with_its_aggregation(self) -> str | None:
-        """`loss_aggregation_constant` is needed by `seq-mean-token-sum-norm` and refused with any other."""
-        wanted = self.loss_aggregation == "seq-mean-token-sum-norm"
-        if wanted != (self.loss_aggregation_constant is not None):
-            return (
-                f"loss_aggregation={self.loss_aggregation} "
-                f"{'needs' if wanted else 'does not use'} loss_aggregation_constant, found "
-                f"{'null' if wanted else self.loss_aggregation_constant}: "
-                f"{'set it to the longest response (tokens)' if wanted else 'leave it out'}"
-            )
         return None
 
 

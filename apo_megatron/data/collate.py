@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from apo_megatron.config.schema import ObjectiveConfig
+from apo_megatron.config.objective import ObjectiveConfig
 from apo_megatron.data.packing import deal
 from apo_megatron.objectives.aggregation import sequence_weights
 from apo_megatron.objectives.objective import ReferenceScope

@@ -10,6 +10,7 @@ from apo_megatron.objectives.advantages import (
     mixed_groups,
 )
 from apo_megatron.objectives.aggregation import sequence_weights
+from apo_megatron.objectives.corrections import MISMATCH_CORRECTIONS
 from apo_megatron.objectives.diagnostics import MetricSums
 from apo_megatron.objectives.interface import LossInputs, LossOutputs, TokenMetric
 from apo_megatron.objectives.kl import kl_k1, kl_k2, kl_k3
@@ -21,6 +22,7 @@ from apo_megatron.objectives.surrogates import clipped_surrogate
 
 __all__ = [
     "ADVANTAGE_ESTIMATORS",
+    "MISMATCH_CORRECTIONS",
     "POLICY_LOSSES",
     "AdvantageInputs",
     "LossInputs",

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from apo_megatron.config.schema import ObjectiveConfig
+from apo_megatron.config.objective import ObjectiveConfig
 
 # Per-token inputs that cost something and are computed only for a loss that declares them.
 Need = Literal["anchor", "reference_log_probs", "entropy_grad", "rollout_log_probs"]

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apo_megatron.config.schema import ObjectiveConfig
+from apo_megatron.config.objective import ObjectiveConfig
+from apo_megatron.objectives.corrections import MISMATCH_CORRECTIONS, CorrectedTokens
 from apo_megatron.objectives.interface import TokenMetric
 from apo_megatron.objectives.kl import kl_k3
 from apo_megatron.objectives.ratios import importance_ratio
@@ -30,18 +31,8 @@ def corrected_loss(
 
 @torch.no_grad()
 def mismatch_weights(old_log_probs: Tensor, rollout_log_probs: Tensor, cfg: ObjectiveConfig) -> Tensor:
-    """What the policy loss of each token is multiplied by, [T] without a gradient.
-
-    - ``tis``: min(rho, tis_cap), truncated importance sampling (https://fengyao.notion.site/off-policy-rl);
-    - ``icepop``: rho where icepop_low <= rho <= icepop_high, else 0 (IcePop, arXiv 2510.18855);
-    - ``none``: 1.
-    """
-    ratio = importance_ratio(old_log_probs, rollout_log_probs)
-    if cfg.mismatch_correction == "tis":
-        return ratio.clamp(max=cfg.tis_cap)
-    if cfg.mismatch_correction == "icepop":
-        return torch.where(_is_corrected(ratio, cfg), 0.0, ratio)
-    return torch.ones_like(ratio)
+    """What the policy loss of each token is multiplied by, [T] without a gradient (``corrections.py``)."""
+    return _corrected(importance_ratio(old_log_probs, rollout_log_probs), cfg).weights
 
 
 @torch.no_grad()
@@ -58,14 +49,9 @@ def mismatch_metrics(
         "mismatch/log_prob_gap_max": TokenMetric(gap, reduction="max"),
         "mismatch/kl_k3": TokenMetric(kl_k3(rollout_log_probs, old_log_probs)),
         "mismatch/ratio": TokenMetric(ratio, quantiles=True),
-        "mismatch/corrected_share": TokenMetric(_is_corrected(ratio, cfg)),
+        "mismatch/corrected_share": TokenMetric(_corrected(ratio, cfg).is_changed),
     }
 
 
-def _is_corrected(ratio: Tensor, cfg: ObjectiveConfig) -> Tensor:
-    """[T] bool: truncated by TIS, or masked by IcePop."""
-    if cfg.mismatch_correction == "tis":
-        return ratio > cfg.tis_cap
-    if cfg.mismatch_correction == "icepop":
-        return (ratio < cfg.icepop_low) | (ratio > cfg.icepop_high)
-    return torch.zeros_like(ratio, dtype=torch.bool)
+def _corrected(ratio: Tensor, cfg: ObjectiveConfig) -> CorrectedTokens:
+    return MISMATCH_CORRECTIONS[cfg.mismatch_correction](ratio, cfg)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from apo_megatron.config.schema import ObjectiveConfig
+from apo_megatron.config.objective import ObjectiveConfig
 from apo_megatron.objectives.interface import LossInputs, Need, TokenMetric
 from apo_megatron.objectives.mismatch import corrected_loss
 from apo_megatron.objectives.registry import POLICY_LOSSES, PolicyLossSpec

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from apo_megatron.objectives.interface import Need, PolicyLoss
-from apo_megatron.objectives.policy_losses import apo_ratio, supervised, vanilla
+from apo_megatron.objectives.policy_losses.apo import apo_ratio
+from apo_megatron.objectives.policy_losses.clipped import dcpo_clip, gppo, sapo, vanilla
+from apo_megatron.objectives.policy_losses.supervised import supervised
+from apo_megatron.objectives.policy_losses.weighted import cispo, dispo, dppo_tv
 
 
 @dataclass(frozen=True)
@@ -20,5 +23,11 @@ class PolicyLossSpec:
 POLICY_LOSSES: dict[str, PolicyLossSpec] = {
     "apo_ratio": PolicyLossSpec(apo_ratio, needs=frozenset({"anchor"})),
     "vanilla": PolicyLossSpec(vanilla),
+    "cispo": PolicyLossSpec(cispo),
+    "dispo": PolicyLossSpec(dispo),
+    "sapo": PolicyLossSpec(sapo),
+    "gppo": PolicyLossSpec(gppo),
+    "dcpo_clip": PolicyLossSpec(dcpo_clip),
+    "dppo_tv": PolicyLossSpec(dppo_tv),
     "supervised": PolicyLossSpec(supervised, uses_rollouts=False),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from apo_megatron.config.schema import ObjectiveConfig
+from apo_megatron.config.objective import ObjectiveConfig
 from apo_megatron.objectives.interface import LossInputs, LossOutputs, TokenMetric
 from apo_megatron.objectives.kl import KL_ESTIMATORS
 

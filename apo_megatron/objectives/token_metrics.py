@@ -5,36 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apo_megatron.config.schema import ObjectiveConfig
+from apo_megatron.config.objective import ObjectiveConfig
 from apo_megatron.objectives.interface import LossInputs, TokenMetric
 from apo_megatron.objectives.kl import kl_k3
 from apo_megatron.objectives.mismatch import mismatch_weights
 from apo_megatron.objectives.ratios import anchor_ratio, importance_ratio, rectified_ratio
+from apo_megatron.objectives.surrogates import ClippedTokens
 
 Metrics = dict[str, TokenMetric]
 PULL_FRACTION = "pull_fraction"
 
 
-@torch.no_grad()
-def clip_metrics(ratio: Tensor, advantages: Tensor, cfg: ObjectiveConfig) -> Metrics:
-    """Which tokens the surrogate of ``ratio`` [T] clips, so that they have no gradient.
+def clip_metrics(clipped: ClippedTokens, advantages: Tensor) -> Metrics:
+    """Which tokens have no gradient, because they are clipped or masked; tensors are [T].
 
-    ``clip_fraction_low`` (A < 0, ratio < 1 - clip_low), ``clip_fraction_high`` (A > 0, ratio > 1 + clip_high)
-    and ``dual_clip_fraction`` are shares of all tokens; ``rectified_clip_fraction`` is the share of the
-    tokens with A < 0 that are clipped on either side.
+    ``clip_fraction_low`` (A < 0), ``clip_fraction_high`` (A > 0) and ``dual_clip_fraction`` (A < 0) are
+    shares of all tokens; ``rectified_clip_fraction`` is the share of the tokens with A < 0 that are clipped
+    on either side.
     """
-    is_wrong = advantages < 0
-    is_low = is_wrong & (ratio < 1 - cfg.clip_low)
-    is_high = (advantages > 0) & (ratio > 1 + cfg.clip_high)
-    is_dual = torch.zeros_like(is_low) if cfg.dual_clip is None else is_wrong & (ratio > cfg.dual_clip)
     metrics = {
-        "clip_fraction_low": TokenMetric(is_low),
-        "clip_fraction_high": TokenMetric(is_high),
-        "rectified_clip_fraction": TokenMetric(is_low | is_dual, is_wrong),
+        "clip_fraction_low": TokenMetric(clipped.low),
+        "clip_fraction_high": TokenMetric(clipped.high),
     }
-    if cfg.dual_clip is not None:
-        metrics["dual_clip_fraction"] = TokenMetric(is_dual)
-    return metrics
+    is_clipped = clipped.low
+    if clipped.dual is not None:
+        metrics["dual_clip_fraction"] = TokenMetric(clipped.dual)
+        is_clipped = is_clipped | clipped.dual
+    return {**metrics, "rectified_clip_fraction": TokenMetric(is_clipped, advantages < 0)}
+
+
+def bound_metrics(is_low: Tensor, is_high: Tensor) -> Metrics:
+    """Which tokens are held at a bound but keep a gradient, as shares of all tokens; tensors are [T] bool."""
+    return {"bound_fraction_low": TokenMetric(is_low), "bound_fraction_high": TokenMetric(is_high)}
 
 
 @torch.no_grad()

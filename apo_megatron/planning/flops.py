@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from apo_megatron.config.schema import ObjectiveConfig
+from apo_megatron.config.objective import ObjectiveConfig
 from apo_megatron.objectives.objective import ReferenceScope
 from apo_megatron.planning.activations import Recompute
 from apo_megatron.planning.workload import Workload

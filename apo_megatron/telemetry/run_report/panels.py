@@ -51,6 +51,9 @@ PANELS = (
     Panel(STABILITY, "clip_fraction_low", "Clipped below", "share of all trained tokens", "%"),
     Panel(STABILITY, "clip_fraction_high", "Clipped above", "share of all trained tokens", "%"),
     Panel(STABILITY, "rectified_clip_fraction", "Clipped, A < 0", "share of the tokens with A < 0", "%"),
+    Panel(STABILITY, "bound_fraction_low", "Held at the lower bound", "share of all trained tokens", "%"),
+    Panel(STABILITY, "bound_fraction_high", "Held at the upper bound", "share of all trained tokens", "%"),
+    Panel(STABILITY, "soft_gate", "Opening of the soft gate", "mean over the trained tokens; 1 is open"),
     Panel(STABILITY, "kl_old", "KL within a step", "from the policy that drew the samples, nats"),
     Panel(
         STABILITY,

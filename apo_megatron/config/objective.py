@@ -1,0 +1,183 @@
+"""Settings of the objective: the policy loss and what it is combined with, and those of single methods.
+
+A method with settings of its own has a small section here, named after it; a loss gets the whole
+``ObjectiveConfig``. Formulas: docs/objective.md (APO) and docs/methods.md (all others).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from apo_megatron.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section, rule
+
+# push - pull may not lie on the clip boundary either; rounding (1.38 - 0.1 < 1.28) must not decide that.
+_ROUNDING = 1e-9
+
+
+class CISPOConfig(Section):
+    """`loss_mode: cispo`. Bounds of the detached weight r of A log pi."""
+
+    clip_low: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="Smallest weight 1 - clip_low; 1 = no lower bound."
+    )
+    clip_high: PositiveFloat = Field(4.0, description="Largest weight 1 + clip_high.")
+
+
+class DISPOConfig(Section):
+    """`loss_mode: dispo`. Bounds of the detached weight, for each sign of the advantage."""
+
+    right_clip_low: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.2, description="A > 0: smallest weight 1 - right_clip_low."
+    )
+    right_clip_high: PositiveFloat = Field(10.0, description="A > 0: largest weight 1 + right_clip_high.")
+    wrong_clip_low: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="A < 0: smallest weight 1 - wrong_clip_low."
+    )
+    wrong_clip_high: PositiveFloat = Field(100.0, description="A < 0: largest weight 1 + wrong_clip_high.")
+
+
+class SAPOConfig(Section):
+    """`loss_mode: sapo`. How fast the soft gate closes as the ratio leaves 1."""
+
+    right_temperature: PositiveFloat = Field(1.0, description="tau where A > 0; larger closes faster.")
+    wrong_temperature: PositiveFloat = Field(1.05, description="tau where A < 0; larger closes faster.")
+
+
+class GPPOConfig(Section):
+    """`loss_mode: gppo`. What a clipped token keeps of its gradient at the bound: 0 = PPO, 1 and 1 = GPPO."""
+
+    right_gradient: NonNegativeFloat = Field(
+        1.0, description="b2 of CE-GPPO: share of A > 0, r > 1 + clip_high."
+    )
+    wrong_gradient: NonNegativeFloat = Field(
+        1.0, description="b1 of CE-GPPO: share of A < 0, r < 1 - clip_low (0.25 to 0.75 there)."
+    )
+
+
+class DCPOConfig(Section):
+    """`loss_mode: dcpo_clip`. Clip range that widens as pi_old(y) falls."""
+
+    clip_low: PositiveFloat = Field(
+        0.2, description="The lower bound is where r (1 - r) pi_old(y) reaches it; at least 1/2."
+    )
+    clip_high: PositiveFloat = Field(
+        0.28, description="The upper bound is where r (r - 1) pi_old(y) reaches it."
+    )
+    max_ratio: Annotated[float, Field(gt=1)] = Field(10.0, description="Largest upper bound of the ratio.")
+
+
+class DPPOConfig(Section):
+    """`loss_mode: dppo_tv`. How far the probability of a token may move before it is masked."""
+
+    max_increase: PositiveFloat = Field(0.2, description="A > 0: largest pi_theta(y) - pi_old(y).")
+    max_decrease: PositiveFloat = Field(0.2, description="A < 0: largest pi_old(y) - pi_theta(y).")
+    max_weight: PositiveFloat = Field(20.0, description="Largest weight of A log pi.")
+
+
+class ObjectiveConfig(Section):
+    """The policy loss. Names as in the paper's release; formulas in docs/objective.md and docs/methods.md."""
+
+    loss_mode: Literal["apo_ratio", "vanilla", "cispo", "dispo", "sapo", "gppo", "dcpo_clip", "dppo_tv"] = (
+        Field("apo_ratio", description="APO, GRPO/PPO clip (vanilla), or another of docs/methods.md.")
+    )
+    advantage_estimator: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline"] = Field(
+        "grpo", description="How group rewards become advantages."
+    )
+    loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
+        "token-mean", description="How token losses become one number, over the whole mini-batch."
+    )
+    loss_aggregation_constant: PositiveInt | None = Field(
+        None, description="Divisor of seq-mean-token-sum-norm (Dr.GRPO: the longest response)."
+    )
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="Ratio clipped under 1 - clip_low."
+    )
+    clip_high: PositiveFloat = Field(0.28, description="Ratio clipped over 1 + clip_high.")
+    dual_clip: float | None = Field(None, description="Bound of the loss at -A * dual_clip where A < 0.")
+    apo_push_coeff: PositiveFloat = Field(1.05, description="lambda: weight of the ratio where A < 0.")
+    apo_pull_coeff: NonNegativeFloat = Field(0.1, description="beta: weight of the anchor ratio where A < 0.")
+    apo_topk: PositiveInt = Field(8, description="K: size of the reference support.")
+    apo_exclude_sampled: bool = Field(True, description="Leave the sampled token out of the anchor support.")
+    support_telemetry: bool = Field(
+        True, description="Log anchor metrics for losses that do not need them (one reference pass)."
+    )
+    old_log_probs: Literal["recompute", "rollout"] = Field(
+        "recompute", description="log pi_old by the actor's own pass, or as the engine reported it."
+    )
+    mismatch_correction: Literal["none", "tis", "icepop"] = Field(
+        "none", description="Token weights for pi_old / pi_rollout: truncated (TIS) or masked (IcePop)."
+    )
+    tis_cap: Annotated[float, Field(ge=1)] = Field(2.0, description="TIS: largest weight.")
+    icepop_low: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="IcePop: tokens with a smaller ratio get weight 0."
+    )
+    icepop_high: Annotated[float, Field(ge=1)] = Field(
+        5.0, description="IcePop: tokens with a larger ratio get weight 0."
+    )
+    use_kl_loss: bool = Field(False, description="KL to the reference on all trained tokens.")
+    use_kl_loss_on_wrong: bool = Field(False, description="KL to the reference only where A < 0.")
+    kl_loss_coeff: NonNegativeFloat = Field(0.02, description="Weight of either KL loss.")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of that KL.")
+    entropy_coeff: NonNegativeFloat = Field(0.0, description="Weight of the entropy bonus.")
+    cispo: CISPOConfig = CISPOConfig()
+    dispo: DISPOConfig = DISPOConfig()
+    sapo: SAPOConfig = SAPOConfig()
+    gppo: GPPOConfig = GPPOConfig()
+    dcpo: DCPOConfig = DCPOConfig()
+    dppo: DPPOConfig = DPPOConfig()
+
+    @rule
+    def wrong_tokens_must_not_start_clipped(self) -> str | None:
+        """With `apo_ratio`, `apo_push_coeff` - `apo_pull_coeff` (where a wrong token's ratio starts) must lie
+        inside (1 - `clip_low`, 1 + `clip_high`): outside it there is no gradient."""
+        start = self.apo_push_coeff - self.apo_pull_coeff
+        low, high = 1 - self.clip_low, 1 + self.clip_high
+        if self.loss_mode == "apo_ratio" and not low + _ROUNDING < start < high - _ROUNDING:
+            return (
+                f"apo_push_coeff - apo_pull_coeff = {start:.4g} lies outside the clip range "
+                f"({low:.4g}, {high:.4g}) given by clip_low and clip_high: every wrong token would start "
+                "clipped, without a gradient. Bring the difference closer to 1, or widen the clip range"
+            )
+        return None
+
+    @rule
+    def dual_clip_is_above_the_clip_range(self) -> str | None:
+        """`dual_clip` must be above 1 + `clip_high`, or it would cut what the clip range lets through."""
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
+            return (
+                f"dual_clip={self.dual_clip} must be above 1 + clip_high = {1 + self.clip_high:.4g}, or null"
+            )
+        return None
+
+    @rule
+    def correction_compares_two_passes(self) -> str | None:
+        """`mismatch_correction` needs `old_log_probs` = recompute: taken from the rollout, pi_old is
+        pi_rollout and there is nothing to correct."""
+        if self.mismatch_correction != "none" and self.old_log_probs == "rollout":
+            return (
+                f"mismatch_correction={self.mismatch_correction} with old_log_probs=rollout: both would be "
+                "the engine's log-probs; set old_log_probs=recompute, or mismatch_correction=none"
+            )
+        return None
+
+    @rule
+    def one_kl_loss_at_most(self) -> str | None:
+        """`use_kl_loss` and `use_kl_loss_on_wrong` exclude each other."""
+        if self.use_kl_loss and self.use_kl_loss_on_wrong:
+            return "use_kl_loss and use_kl_loss_on_wrong are both true: set one of them to false"
+        return None
+
+    @rule
+    def constant_goes_with_its_aggregation(self) -> str | None:
+        """`loss_aggregation_constant` is needed by `seq-mean-token-sum-norm` and refused with any other."""
+        wanted = self.loss_aggregation == "seq-mean-token-sum-norm"
+        if wanted != (self.loss_aggregation_constant is not None):
+            return (
+                f"loss_aggregation={self.loss_aggregation} "
+                f"{'needs' if wanted else 'does not use'} loss_aggregation_constant, found "
+                f"{'null' if wanted else self.loss_aggregation_constant}: "
+                f"{'set it to the longest response (tokens)' if wanted else 'leave it out'}"
+            )
+        return None
