@@ -3,12 +3,13 @@
 Formulas: docs/objective.md. Anchored Policy Optimization is arXiv 2602.05717.
 """
 
-from apo_megatron.objectives.advantages import (
+from apo_megatron.objectives.advantage_registry import (
     ADVANTAGE_ESTIMATORS,
-    AdvantageInputs,
-    group_normalized_advantages,
-    mixed_groups,
+    AdvantageEstimatorSpec,
+    estimate_advantages,
+    teaching_groups,
 )
+from apo_megatron.objectives.advantages import AdvantageInputs, group_normalized_advantages, mixed_groups
 from apo_megatron.objectives.aggregation import sequence_weights
 from apo_megatron.objectives.diagnostics import MetricSums
 from apo_megatron.objectives.interface import LossInputs, LossOutputs, TokenMetric
@@ -22,6 +23,7 @@ from apo_megatron.objectives.surrogates import clipped_surrogate
 __all__ = [
     "ADVANTAGE_ESTIMATORS",
     "POLICY_LOSSES",
+    "AdvantageEstimatorSpec",
     "AdvantageInputs",
     "LossInputs",
     "LossOutputs",
@@ -32,6 +34,7 @@ __all__ = [
     "anchor_ratio",
     "build_objective",
     "clipped_surrogate",
+    "estimate_advantages",
     "group_normalized_advantages",
     "importance_ratio",
     "kl_k1",
@@ -43,4 +46,5 @@ __all__ = [
     "rectified_ratio",
     "sequence_weights",
     "supervised_objective",
+    "teaching_groups",
 ]
