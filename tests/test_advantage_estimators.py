@@ -167,10 +167,11 @@ def _single(inputs: AdvantageInputs) -> AdvantageInputs:
 
 @pytest.mark.parametrize("name", ADVANTAGE_ESTIMATORS)
 def test_groups_that_do_not_differ_teach_where_it_is_declared(name: str) -> None:
-    # 0.1 is not a binary fraction: the mean of equal numbers need not be the number.
-    terms = torch.full((2, 7, 3), 0.1)
-    terms[0, :, 0] = 1.0
-    weights = torch.tensor(WEIGHTS)
+    # What lies within rounding is equal.
+    noise = torch.rand(2, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    terms = 0.1 + 1e-7 * noise
+    terms[0, :, 0] += 0.9
+    weights = torch.tensor(WEIGHTS, dtype=torch.float64)
     rewards = terms @ weights
     uniform = AdvantageInputs(rewards, torch.full((2, 7), 5), terms[..., 0] >= 1, terms, weights)
     teaches = teaching_groups(uniform, configured(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def score_groups(groups: Sequence[SampleGroup], reward: Reward, cfg: ObjectiveCo
     that could not be judged."""
     prompts = [group.prompt for group in groups]
     completions = [[sample.completion for sample in group.samples] for group in groups]
-    if "reward_terms" in ADVANTAGE_ESTIMATORS[cfg.advantage_estimator].needs:
+    if _looks_at_terms(cfg):
         assert isinstance(reward, TermReward), "a rule of the configuration wants several rewards"
         for group, terms in zip(groups, reward.score_terms(prompts, completions), strict=True):
             for sample, values in zip(group.samples, terms, strict=True):
@@ -126,16 +127,17 @@ def _inputs(
     lengths: torch.Tensor,
     cfg: RLConfig,
 ) -> AdvantageInputs:
-    terms = [[sample.reward_terms for sample in group.samples] for group in groups]
-    if terms[0][0] is None:
-        return AdvantageInputs(shaped, lengths, rewards >= 1)
-    return AdvantageInputs(
-        shaped,
-        lengths,
-        rewards >= 1,
-        reward_terms=torch.from_numpy(np.array(terms, np.float32)),
-        term_weights=torch.tensor([term.weight for term in cfg.reward.rewards]),
-    )
+    """What the estimator may look at; right is what ``rewards`` say, also where they are shaped."""
+    inputs = AdvantageInputs(shaped, lengths, rewards >= 1)
+    if not _looks_at_terms(cfg.objective):
+        return inputs
+    terms = np.array([[sample.reward_terms for sample in group.samples] for group in groups], np.float32)
+    weights = torch.tensor([term.weight for term in cfg.reward.rewards])
+    return replace(inputs, reward_terms=torch.from_numpy(terms), term_weights=weights)
+
+
+def _looks_at_terms(cfg: ObjectiveConfig) -> bool:
+    return "reward_terms" in ADVANTAGE_ESTIMATORS[cfg.advantage_estimator].needs
 
 
 def _rewards_and_lengths(groups: Sequence[SampleGroup]) -> tuple[torch.Tensor, torch.Tensor]:
