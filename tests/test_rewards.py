@@ -466,7 +466,7 @@ def test_several_rewards_are_added_up_with_their_weights() -> None:
     assert reward.score(problem(answer="B", scale=1), answers) == [1.0, 1.1, 0.1]
     assert isinstance(reward, TermReward)
     assert reward.score_terms([problem(answer="B", scale=1)], [answers]) == [
-        [(1.0, 1.0, 1.0), (1.0, 1.0, 2.0), (0.0, 0.0, 1.0)]
+        [(1.0, 1.0, 1.0), (0.0, 1.0, 9.0), (0.0, 0.0, 1.0)]
     ]
     unsure = RewardConfig.model_validate({"rewards": [*terms, {"name": f"{HERE}:never_sure", "weight": 0.1}]})
     assert math.isnan(build_reward(unsure).score(problem(answer="B", scale=1), answers)[0])
