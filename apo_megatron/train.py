@@ -72,7 +72,7 @@ def train(cfg: RLConfig) -> None:
             metrics |= samples.metrics | group_metrics(groups, cfg)
             metrics["skipped_step"] = float(not sequences)
             batch = None
-            if sequences:  # else every group is all right or all wrong: nothing to learn from
+            if sequences:  # else there is nothing to learn from: every group is all right or all wrong
                 seed = (cfg.train.seed, step)
                 batch = make_batch(sequences, cfg.objective, parallel, cfg.train.num_mini_batches, seed)
                 if cfg.objective.old_log_probs == "recompute":

@@ -55,6 +55,9 @@ class Sample:
     completion: Completion
     reward: float | None = None
     advantage: float | None = None
+    is_left_out: bool = False  # its advantage is 0, and the estimator trains on no such sample
+    # What each of reward.rewards said, where the advantage estimator looks at them.
+    reward_terms: tuple[float, ...] | None = None
 
 
 @dataclass

@@ -270,6 +270,51 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
+        "pass_at_k_fits_into_the_group",
+        ["objective.advantage_estimator=passk", "objective.passk.k=4", "rollout.group_size=4"],
+        ["objective.passk.k=4", "rollout.group_size=4", "lower k"],
+    ),
+    (
+        RLConfig,
+        "pass_at_k_fits_into_the_group",
+        [
+            "objective.advantage_estimator=pkpo",
+            "objective.loss_mode=vanilla",
+            "objective.pkpo.k=5",
+            "rollout.group_size=4",
+        ],
+        ["objective.pkpo.k=5", "rollout.group_size=4", "lower k"],
+    ),
+    (
+        RLConfig,
+        "overlong_punishment_reaches_the_advantages",
+        ["objective.advantage_estimator=nsr", "reward.overlong_buffer=8"],
+        ["reward.overlong_buffer=8", "objective.advantage_estimator=nsr", "right and wrong only"],
+    ),
+    (
+        RLConfig,
+        "overlong_punishment_reaches_the_advantages",
+        [
+            "objective.advantage_estimator=gdpo",
+            "reward.rewards=[{name: countdown}, {name: exact_match}]",
+            "reward.overlong_buffer=8",
+        ],
+        ["reward.overlong_buffer=8", "objective.advantage_estimator=gdpo", "single terms"],
+    ),
+    (
+        RLConfig,
+        "estimators_of_several_rewards_have_them",
+        ["objective.advantage_estimator=dvao"],
+        ["objective.advantage_estimator=dvao", "reward.rewards has 0", "grpo"],
+    ),
+    (
+        RLConfig,
+        "apo_has_wrong_answers",
+        ["objective.advantage_estimator=psr"],
+        ["objective.advantage_estimator=psr", "loss_mode=apo_ratio", "vanilla"],
+    ),
+    (
+        RLConfig,
         "mini_batches_are_not_empty",
         ["train.num_mini_batches=9", "data.prompts_per_step=4", "rollout.group_size=2"],
         ["train.num_mini_batches=9", "data.prompts_per_step=4", "rollout.group_size=2", "8 samples"],

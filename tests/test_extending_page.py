@@ -17,7 +17,14 @@ import torch
 from apo_megatron.config import EvalConfig, ObjectiveConfig, RewardConfig, load_config
 from apo_megatron.config.benchmarks import BenchmarkConfig
 from apo_megatron.evaluation import benchmarks
-from apo_megatron.objectives import LossInputs, Objective, registry
+from apo_megatron.objectives import (
+    AdvantageInputs,
+    LossInputs,
+    Objective,
+    advantage_registry,
+    advantages,
+    registry,
+)
 from apo_megatron.objectives.policy_losses import clipped
 from apo_megatron.rewards import registry as rewards
 from apo_megatron.rewards import text as reward_module
@@ -55,6 +62,8 @@ def test_every_block_of_code_is_run_here() -> None:
     assert beginnings == [
         "unclipped",
         "POLICY_LOSSES",
+        "median_advantages",
+        "ADVANTAGE_ESTIMATORS",
         "KeywordReward",
         "_REWARDS",
         "BENCHMARKS",
@@ -81,6 +90,21 @@ def test_the_loss() -> None:
     assert "entropy" in metrics
     loss.backward()
     torch.testing.assert_close(log_probs.grad, 0.5 * torch.tensor([-1.0, 2.0]) * ratio)
+
+
+def test_the_advantage_estimator() -> None:
+    estimators = dict(advantage_registry.ADVANTAGE_ESTIMATORS)
+    function = run_in(advantages, block("def median_advantages"))["median_advantages"]
+    run_in(
+        advantage_registry,
+        block("ADVANTAGE_ESTIMATORS["),
+        ADVANTAGE_ESTIMATORS=estimators,
+        median_advantages=function,
+    )
+    rewards = torch.tensor([[0.0, 1.0, 1.0, math.nan], [0.1, 0.1, 0.1, 0.1]])
+    inputs = AdvantageInputs(rewards, torch.ones(2, 4, dtype=torch.int64), rewards >= 1)
+    found = estimators["median"].function(inputs, ObjectiveConfig())
+    assert found.tolist() == [[-1.0, 0.0, 0.0, 0.0], [0.0] * 4]
 
 
 def test_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from apo_megatron.config import RewardConfig
+from apo_megatron.config import ObjectiveConfig, RewardConfig
 from apo_megatron.data.collate import trained_sequences
-from apo_megatron.objectives import ADVANTAGE_ESTIMATORS, AdvantageInputs
+from apo_megatron.objectives import AdvantageInputs, estimate_advantages
 from apo_megatron.rewards.overlong import shaped_rewards
 from apo_megatron.types import Completion, FinishReason, Prompt, Sample, SampleGroup
 
@@ -80,13 +80,15 @@ def test_masked_samples_are_not_trained() -> None:
     ]
 
 
-@pytest.mark.parametrize("estimator", ADVANTAGE_ESTIMATORS)
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline", "pkpo"])
 def test_a_masked_sample_counts_in_the_baseline(estimator: str) -> None:
     """Its advantage is taken away afterwards; length 0 keeps it out of means over trained tokens."""
     rewards, lengths = torch.tensor([[1.0, 0.0, 0.0, 1.0]]).double(), torch.tensor([[3, 4, 0, 5]])
     kept = [0, 1, 3]
-    found = ADVANTAGE_ESTIMATORS[estimator](AdvantageInputs(rewards, lengths))[0, kept]
-    without = ADVANTAGE_ESTIMATORS[estimator](AdvantageInputs(rewards[:, kept], lengths[:, kept]))[0]
+    cfg = ObjectiveConfig.model_validate({"advantage_estimator": estimator, "pkpo": {"k": 2}})
+    found = estimate_advantages(AdvantageInputs(rewards, lengths, rewards >= 1), cfg)[0, kept]
+    rewards, some_lengths = rewards[:, kept], lengths[:, kept]
+    without = estimate_advantages(AdvantageInputs(rewards, some_lengths, rewards >= 1), cfg)[0]
     if estimator == "reinforce_plus_plus_baseline":  # one group: its mean is that of the batch
         assert (found * lengths[0, kept]).sum().item() == pytest.approx(0.0, abs=1e-9)
     else:

@@ -18,11 +18,11 @@ import numpy as np
 import psutil
 import pytest
 
-from apo_megatron.config import RewardConfig
+from apo_megatron.config import ObjectiveConfig, RewardConfig
 from apo_megatron.errors import ConfigError, DataError, RewardError
 from apo_megatron.rewards import build_reward
 from apo_megatron.rewards.answers import MAX_TAIL, MAX_TEXT, boxed_answer, final_answer
-from apo_megatron.rewards.interface import score_batch
+from apo_megatron.rewards.interface import TermReward, score_batch
 from apo_megatron.rewards.math import MathReward
 from apo_megatron.rewards.text import chosen_letter
 from apo_megatron.rewards.workers import WorkerPool
@@ -464,6 +464,10 @@ def test_several_rewards_are_added_up_with_their_weights() -> None:
     assert dict(reward.required_fields) == {"answer": str}
     answers = [completion("B"), completion("answer: B"), completion("C")]
     assert reward.score(problem(answer="B", scale=1), answers) == [1.0, 1.1, 0.1]
+    assert isinstance(reward, TermReward)
+    assert reward.score_terms([problem(answer="B", scale=1)], [answers]) == [
+        [(1.0, 1.0, 1.0), (0.0, 1.0, 9.0), (0.0, 0.0, 1.0)]
+    ]
     unsure = RewardConfig.model_validate({"rewards": [*terms, {"name": f"{HERE}:never_sure", "weight": 0.1}]})
     assert math.isnan(build_reward(unsure).score(problem(answer="B", scale=1), answers)[0])
 
@@ -473,7 +477,7 @@ def test_groups_of_a_step_are_scored_in_one_batch(math_reward: MathReward) -> No
         SampleGroup(problem(answer=i), [Sample(completion(f"\\boxed{{{j}}}")) for j in range(3)])
         for i in range(4)
     ]
-    score_groups(groups, math_reward)
+    score_groups(groups, math_reward, ObjectiveConfig())
     assert [[sample.reward for sample in group.samples] for group in groups] == [
         [float(i == j) for j in range(3)] for i in range(4)
     ]

@@ -140,15 +140,15 @@ step 4  p1 #1  wrong  reward 0  4 tokens  stopped  version 3  not trained on (gr
   | six<end>
 
   > 3 + 3
-step 4  p2 #0  wrong  reward 0  5 tokens  stopped  version 3  dropped (group of equal rewards)
+step 4  p2 #0  wrong  reward 0  5 tokens  stopped  version 3  dropped (group that teaches nothing)
   | five
-step 4  p2 #1  wrong  reward 0  4 tokens  stopped  version 3  dropped (group of equal rewards)
+step 4  p2 #1  wrong  reward 0  4 tokens  stopped  version 3  dropped (group that teaches nothing)
   | six
 
 7 samples, 16.7 % right (1 right, 5 wrong, 1 unjudged), mean length 6.1 tokens
 the pull acted on 6 of 10 tokens with A < 0 (60.0 %)
 2 not trained on (group of equal rewards)
-2 dropped (group of equal rewards)
+2 dropped (group that teaches nothing)
 1 not trained on (could not be judged)
 """
     )

@@ -34,7 +34,8 @@ FINISHES = {"stop": "stopped", "length": "cut", "abort": "aborted"}
 LINE_END_SIGN = "↵"  # a line break that is marked
 REASONS = {
     "equal_rewards": "not trained on (group of equal rewards)",
-    "dropped": "dropped (group of equal rewards)",
+    "zero_advantage": "not trained on (advantage 0)",
+    "dropped": "dropped (group that teaches nothing)",
     "unjudged": "not trained on (could not be judged)",
     "truncated": "not trained on (cut at the length limit)",
 }

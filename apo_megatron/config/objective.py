@@ -10,6 +10,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from apo_megatron.config.advantages import (
+    AdvantageEstimatorName,
+    PassKConfig,
+    PKPOConfig,
+    WReinforceConfig,
+)
 from apo_megatron.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section, rule
 
 # push - pull may not lie on the clip boundary either; rounding (1.38 - 0.1 < 1.28) must not decide that.
@@ -82,9 +88,12 @@ class ObjectiveConfig(Section):
     loss_mode: Literal["apo_ratio", "vanilla", "cispo", "dispo", "sapo", "gppo", "dcpo_clip", "dppo_tv"] = (
         Field("apo_ratio", description="APO, GRPO/PPO clip (vanilla), or another of docs/methods.md.")
     )
-    advantage_estimator: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline"] = Field(
+    advantage_estimator: AdvantageEstimatorName = Field(
         "grpo", description="How group rewards become advantages."
     )
+    passk: PassKConfig = PassKConfig()
+    pkpo: PKPOConfig = PKPOConfig()
+    w_reinforce: WReinforceConfig = WReinforceConfig()
     loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
         "token-mean", description="How token losses become one number, over the whole mini-batch."
     )

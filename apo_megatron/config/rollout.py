@@ -116,7 +116,9 @@ class RolloutConfig(Section):
         description="Sequences that one rank decodes at once (embedded engine).",
     )
     drop_zero_spread: bool = Field(
-        False, description="Dynamic sampling: replace groups that are all right or all wrong by new prompts."
+        False,
+        description="Dynamic sampling: replace groups that teach nothing by new prompts; for most advantage "
+        "estimators those that are all right or all wrong.",
     )
     oversampling: Annotated[float, Field(ge=1)] = Field(
         1.0, description="Prompts drawn per prompt wanted; once enough groups are complete the rest stops."

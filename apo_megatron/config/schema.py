@@ -12,6 +12,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from apo_megatron.config.advantages import (
+    BY_CORRECTNESS,
+    BY_REWARD_TERMS,
+    NEVER_NEGATIVE,
+)
 from apo_megatron.config.data import DataConfig, SupervisedDataConfig
 from apo_megatron.config.evaluation import EvaluationConfig
 from apo_megatron.config.objective import ObjectiveConfig
@@ -348,6 +353,61 @@ class RLConfig(Section):
                 f"rollout.group_size={self.rollout.group_size}: "
                 f"objective.advantage_estimator={self.objective.advantage_estimator} compares the samples "
                 "of a prompt and needs at least 2"
+            )
+        return None
+
+    @rule
+    def pass_at_k_fits_into_the_group(self) -> str | None:
+        """`objective.passk.k` must be smaller than `rollout.group_size` with `advantage_estimator` = passk,
+        and `objective.pkpo.k` at most that with pkpo."""
+        objective, size = self.objective, self.rollout.group_size
+        if objective.advantage_estimator == "passk" and objective.passk.k >= size:
+            return (
+                f"objective.passk.k={objective.passk.k} is not smaller than rollout.group_size={size}: one "
+                "right answer would make a group perfect, and nothing would be learned; lower k"
+            )
+        if objective.advantage_estimator == "pkpo" and objective.pkpo.k > size:
+            return (
+                f"objective.pkpo.k={objective.pkpo.k} is more than rollout.group_size={size}: a group has no "
+                "k samples; lower k"
+            )
+        return None
+
+    @rule
+    def overlong_punishment_reaches_the_advantages(self) -> str | None:
+        """`reward.overlong_buffer` must be 0 with an `objective.advantage_estimator` that does not look at
+        the reward as a whole: psr, nsr, w_reinforce, passk, gdpo, dvao."""
+        name, seen = self.objective.advantage_estimator, "right and wrong only"
+        if not self.reward.overlong_buffer or name not in BY_CORRECTNESS + BY_REWARD_TERMS:
+            return None
+        if name in BY_REWARD_TERMS:
+            seen = "the single terms of the reward"
+        return (
+            f"reward.overlong_buffer={self.reward.overlong_buffer} has no effect with "
+            f"objective.advantage_estimator={name}, which looks at {seen}: set it to 0, or choose another "
+            "estimator"
+        )
+
+    @rule
+    def estimators_of_several_rewards_have_them(self) -> str | None:
+        """`objective.advantage_estimator` = gdpo or dvao needs at least two `reward.rewards`."""
+        name, num_terms = self.objective.advantage_estimator, len(self.reward.rewards)
+        if name in BY_REWARD_TERMS and num_terms < 2:
+            return (
+                f"objective.advantage_estimator={name} normalises several rewards one by one, "
+                f"reward.rewards has {num_terms}: list at least two, or choose grpo"
+            )
+        return None
+
+    @rule
+    def apo_has_wrong_answers(self) -> str | None:
+        """`objective.loss_mode` = apo_ratio needs an `advantage_estimator` that is negative somewhere: not
+        psr, not pkpo."""
+        name = self.objective.advantage_estimator
+        if self.objective.loss_mode == "apo_ratio" and name in NEVER_NEGATIVE:
+            return (
+                f"objective.advantage_estimator={name} is never negative, so loss_mode=apo_ratio, which "
+                "changes the loss where A < 0, would be vanilla: set loss_mode=vanilla, or another estimator"
             )
         return None
 

@@ -58,19 +58,20 @@ class Batch:
 
 
 def trained_samples(groups: Sequence[SampleGroup]) -> list[tuple[SampleGroup, Sample]]:
-    """The samples that carry a gradient: those of groups with mixed rewards that have an advantage.
+    """The samples that carry a gradient: those with an advantage, in groups that teach something.
 
-    Groups with zero spread have advantage 0 everywhere and are left out. A sample whose advantage is None
-    could not be judged, or was cut at rollout.max_new_tokens and is masked (rollout.mask_truncated): its
+    Groups with advantage 0 everywhere, as those of equal rewards, are left out. A sample whose advantage is
+    None could not be judged, or was cut at rollout.max_new_tokens and is masked (rollout.mask_truncated): its
     tokens are in no loss and in no denominator. As in DAPO's overlong filtering (arXiv 2503.14476), masking
-    is done after the advantages of its group are known, so its reward counts in their baseline.
+    is done after the advantages of its group are known, so its reward counts in their baseline. Some
+    estimators leave out every sample of advantage 0.
     """
     return [
         (group, sample)
         for group in groups
         if any(sample.advantage for sample in group.samples)
         for sample in group.samples
-        if sample.advantage is not None
+        if sample.advantage is not None and not sample.is_left_out
     ]
 
 

@@ -3,12 +3,13 @@
 Formulas: docs/objective.md. Anchored Policy Optimization is arXiv 2602.05717.
 """
 
-from apo_megatron.objectives.advantages import (
+from apo_megatron.objectives.advantage_registry import (
     ADVANTAGE_ESTIMATORS,
-    AdvantageInputs,
-    group_normalized_advantages,
-    mixed_groups,
+    AdvantageEstimatorSpec,
+    estimate_advantages,
+    teaching_groups,
 )
+from apo_megatron.objectives.advantages import AdvantageInputs, group_normalized_advantages, mixed_groups
 from apo_megatron.objectives.aggregation import sequence_weights
 from apo_megatron.objectives.corrections import MISMATCH_CORRECTIONS
 from apo_megatron.objectives.diagnostics import MetricSums
@@ -24,6 +25,7 @@ __all__ = [
     "ADVANTAGE_ESTIMATORS",
     "MISMATCH_CORRECTIONS",
     "POLICY_LOSSES",
+    "AdvantageEstimatorSpec",
     "AdvantageInputs",
     "LossInputs",
     "LossOutputs",
@@ -34,6 +36,7 @@ __all__ = [
     "anchor_ratio",
     "build_objective",
     "clipped_surrogate",
+    "estimate_advantages",
     "group_normalized_advantages",
     "importance_ratio",
     "kl_k1",
@@ -45,4 +48,5 @@ __all__ = [
     "rectified_ratio",
     "sequence_weights",
     "supervised_objective",
+    "teaching_groups",
 ]

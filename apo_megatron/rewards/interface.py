@@ -36,6 +36,21 @@ class BatchReward(Reward, Protocol):
 
 
 @runtime_checkable
+class TermReward(Reward, Protocol):
+    """A reward that is made of others, its terms."""
+
+    def score_terms(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
+    ) -> list[list[tuple[float, ...]]]:
+        """What each term says of each prompt's completions, in order; raises as ``score``."""
+        ...
+
+    def total(self, terms: tuple[float, ...]) -> float:
+        """The reward of a completion, from what the terms said."""
+        ...
+
+
+@runtime_checkable
 class WorkerReward(Reward, Protocol):
     """A reward with processes of its own."""
 

@@ -33,14 +33,18 @@ class WeightedReward:
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
     ) -> list[list[float]]:
         """Weighted sums, by prompt."""
-        weights = [weight for _, weight in self._terms]
+        terms = self.score_terms(prompts, completions)
+        return [[self.total(values) for values in of_prompt] for of_prompt in terms]
+
+    def score_terms(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
+    ) -> list[list[tuple[float, ...]]]:
+        """What each of the rewards says, without its weight."""
         scores = [score_batch(reward, prompts, completions) for reward, _ in self._terms]
-        return [
-            [_weighted_sum(weights, values) for values in zip(*of_prompt, strict=True)]
-            for of_prompt in zip(*scores, strict=True)
-        ]
+        return [list(zip(*of_prompt, strict=True)) for of_prompt in zip(*scores, strict=True)]
 
-
-def _weighted_sum(weights: Sequence[float], values: Sequence[float]) -> float:
-    # Rounded: weights that a person adds up to 1 (0.7, 0.2, 0.1) must give 1, which is what counts as right.
-    return round(math.fsum(w * v for w, v in zip(weights, values, strict=True)), 12)
+    def total(self, terms: tuple[float, ...]) -> float:
+        """The weighted sum of what the rewards said."""
+        # Rounded: weights that a person adds up to 1 (0.7, 0.2, 0.1) must give 1, which is what counts as
+        # right.
+        return round(math.fsum(w * v for (_, w), v in zip(self._terms, terms, strict=True)), 12)

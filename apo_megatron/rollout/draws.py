@@ -19,7 +19,7 @@ class Verdict:
 
     number: int  # of its draw
     oldest_version: int  # of any of its tokens
-    is_mixed: bool  # right and wrong answers
+    teaches: bool  # the advantage estimator can learn from it
     columns: SampleColumns
 
 

@@ -22,6 +22,7 @@ class SampleColumns:
     finish_reasons: list[FinishReason]
     versions: list[tuple[tuple[int, int], ...]]
     rewards: list[float | None]
+    reward_terms: list[tuple[float, ...] | None]
 
     @staticmethod
     def of(samples: Sequence[Sample]) -> SampleColumns:
@@ -32,6 +33,7 @@ class SampleColumns:
             finish_reasons=[c.finish_reason for c in completions],
             versions=[c.versions for c in completions],
             rewards=[sample.reward for sample in samples],
+            reward_terms=[sample.reward_terms for sample in samples],
         )
 
     def samples(self, token_ids: np.ndarray, log_probs: np.ndarray) -> list[Sample]:
@@ -46,7 +48,10 @@ class SampleColumns:
             self.versions,
             strict=True,
         )
-        return [Sample(Completion(*row), reward) for row, reward in zip(rows, self.rewards, strict=True)]
+        return [
+            Sample(Completion(*row), reward, reward_terms=terms)
+            for row, reward, terms in zip(rows, self.rewards, self.reward_terms, strict=True)
+        ]
 
 
 def gather_groups(

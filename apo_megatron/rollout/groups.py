@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from apo_megatron.config.schema import RLConfig
+from apo_megatron.config import ObjectiveConfig, RLConfig
 from apo_megatron.errors import RolloutError
-from apo_megatron.objectives.advantages import ADVANTAGE_ESTIMATORS, MIN_SPREAD, AdvantageInputs
-from apo_megatron.rewards.interface import score_batch
+from apo_megatron.objectives.advantage_registry import (
+    ADVANTAGE_ESTIMATORS,
+    estimate_advantages,
+    teaching_groups,
+)
+from apo_megatron.objectives.advantages import MIN_SPREAD, AdvantageInputs
+from apo_megatron.rewards.interface import TermReward, score_batch
 from apo_megatron.rewards.overlong import shaped_rewards
 from apo_megatron.rewards.registry import Reward
 from apo_megatron.rollout.engine import SamplingParams
@@ -38,12 +44,19 @@ def check_versions(prompt: Prompt, completions: Sequence[Completion], oldest: in
         )
 
 
-def score_groups(groups: Sequence[SampleGroup], reward: Reward) -> None:
-    """Fill in the rewards; NaN marks a sample that could not be judged."""
+def score_groups(groups: Sequence[SampleGroup], reward: Reward, cfg: ObjectiveConfig) -> None:
+    """Fill in the rewards, with their terms where the advantage estimator looks at them; NaN marks a sample
+    that could not be judged."""
+    prompts = [group.prompt for group in groups]
     completions = [[sample.completion for sample in group.samples] for group in groups]
-    rewards = score_batch(reward, [group.prompt for group in groups], completions)
-    for group, values in zip(groups, rewards, strict=True):
-        for sample, value in zip(group.samples, values, strict=True):
+    if _looks_at_terms(cfg):
+        assert isinstance(reward, TermReward), "a rule of the configuration wants several rewards"
+        for group, terms in zip(groups, reward.score_terms(prompts, completions), strict=True):
+            for sample, values in zip(group.samples, terms, strict=True):
+                sample.reward, sample.reward_terms = reward.total(values), values
+        return
+    for group, rewards in zip(groups, score_batch(reward, prompts, completions), strict=True):
+        for sample, value in zip(group.samples, rewards, strict=True):
             sample.reward = value
 
 
@@ -53,22 +66,35 @@ def is_mixed(group: SampleGroup) -> bool:
     return bool(judged) and max(judged) - min(judged) > MIN_SPREAD
 
 
+def groups_that_teach(groups: Sequence[SampleGroup], cfg: RLConfig) -> list[bool]:
+    """Which of some scored groups the advantage estimator can learn from, before rewards are shaped."""
+    if not groups:
+        return []
+    rewards, lengths = _rewards_and_lengths(groups)
+    found: list[bool] = teaching_groups(
+        _inputs(groups, rewards, rewards, lengths, cfg), cfg.objective
+    ).tolist()
+    return found
+
+
 def assign_advantages(groups: Sequence[SampleGroup], cfg: RLConfig) -> None:
     """Fill in the advantages, from shaped rewards. Samples that are not trained on keep None: those without
     a judgement, and with rollout.mask_truncated those that were cut, whose rewards count in their group."""
     rewards, lengths = _rewards_and_lengths(groups)
     shaped = shaped_rewards(rewards, lengths, cfg.reward, cfg.rollout.max_new_tokens)
-    estimator = ADVANTAGE_ESTIMATORS[cfg.objective.advantage_estimator]
     is_masked = torch.zeros_like(rewards, dtype=torch.bool)
     if cfg.rollout.mask_truncated:
         cut = [[sample.completion.finish_reason == "length" for sample in g.samples] for g in groups]
         is_masked = torch.from_numpy(np.array(cut))
     # Length 0: without a weight where the estimator weighs by tokens.
-    advantages = estimator(AdvantageInputs(shaped, lengths.masked_fill(is_masked, 0)))
+    inputs = _inputs(groups, shaped, rewards, lengths.masked_fill(is_masked, 0), cfg)
+    advantages = estimate_advantages(inputs, cfg.objective)
     is_trained = ~rewards.isnan() & ~is_masked
+    trains_on_zeros = ADVANTAGE_ESTIMATORS[cfg.objective.advantage_estimator].trains_on_zeros
     for group, row, trained in zip(groups, advantages.tolist(), is_trained.tolist(), strict=True):
         for sample, advantage, is_on in zip(group.samples, row, trained, strict=True):
             sample.advantage = advantage if is_on else None
+            sample.is_left_out = is_on and advantage == 0 and not trains_on_zeros
 
 
 def group_metrics(groups: Sequence[SampleGroup], cfg: RLConfig) -> dict[str, float]:
@@ -92,6 +118,26 @@ def group_metrics(groups: Sequence[SampleGroup], cfg: RLConfig) -> dict[str, flo
         shaped = shaped_rewards(*_rewards_and_lengths(groups), cfg.reward, cfg.rollout.max_new_tokens)
         metrics["shaped_reward"] = float(shaped.nanmean())
     return metrics
+
+
+def _inputs(
+    groups: Sequence[SampleGroup],
+    shaped: torch.Tensor,
+    rewards: torch.Tensor,
+    lengths: torch.Tensor,
+    cfg: RLConfig,
+) -> AdvantageInputs:
+    """What the estimator may look at; right is what ``rewards`` say, also where they are shaped."""
+    inputs = AdvantageInputs(shaped, lengths, rewards >= 1)
+    if not _looks_at_terms(cfg.objective):
+        return inputs
+    terms = np.array([[sample.reward_terms for sample in group.samples] for group in groups], np.float32)
+    weights = torch.tensor([term.weight for term in cfg.reward.rewards])
+    return replace(inputs, reward_terms=torch.from_numpy(terms), term_weights=weights)
+
+
+def _looks_at_terms(cfg: ObjectiveConfig) -> bool:
+    return "reward_terms" in ADVANTAGE_ESTIMATORS[cfg.advantage_estimator].needs
 
 
 def _rewards_and_lengths(groups: Sequence[SampleGroup]) -> tuple[torch.Tensor, torch.Tensor]:

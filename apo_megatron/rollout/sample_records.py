@@ -18,8 +18,9 @@ from apo_megatron.data.collate import trained_samples
 from apo_megatron.data.jsonl import read_jsonl
 from apo_megatron.errors import DataError
 from apo_megatron.files import written_aside
+from apo_megatron.rollout.groups import is_mixed
 from apo_megatron.rollout.sampler import StepSamples
-from apo_megatron.types import FinishReason, Sample
+from apo_megatron.types import FinishReason, Sample, SampleGroup
 
 ROLLOUTS_FOLDER = "rollouts"  # in run_dir
 LOG_PROB_DECIMALS = 4
@@ -28,9 +29,10 @@ _STEP_FILE = re.compile(r"step_(\d{6,})\.jsonl\.gz")
 _GZIP_LEVEL = 4
 _BUFFER_BYTES = 2**20  # compressed at a time, while other threads run
 
-# Why a sample is not trained on: its group has equal rewards; it had them and was dropped for another group;
+# Why a sample is not trained on: its group has equal rewards; it has not, but the estimator gives the group,
+# or this sample alone, advantage 0 and leaves it out; the group teaches nothing and was dropped for another;
 # it could not be judged; it was cut at rollout.max_new_tokens (rollout.mask_truncated).
-NotTrained = Literal["equal_rewards", "dropped", "unjudged", "truncated"]
+NotTrained = Literal["equal_rewards", "zero_advantage", "dropped", "unjudged", "truncated"]
 
 
 class SampleRecord(BaseModel):
@@ -122,7 +124,7 @@ def _rows(step: int, samples: StepSamples, pulled: Mapping[int, np.ndarray]) -> 
                 "text": completion.text,
                 "reward": _judged(sample.reward),
                 "advantage": None if number is None else sample.advantage,
-                "not_trained": None if number is not None else _reason(sample),
+                "not_trained": None if number is not None else _reason(sample, group),
                 "finish_reason": completion.finish_reason,
                 "num_tokens": len(completion.token_ids),
                 "versions": completion.versions,
@@ -149,10 +151,12 @@ def _rows(step: int, samples: StepSamples, pulled: Mapping[int, np.ndarray]) -> 
             )
 
 
-def _reason(sample: Sample) -> NotTrained:
+def _reason(sample: Sample, group: SampleGroup) -> NotTrained:
     if _judged(sample.reward) is None:
         return "unjudged"
-    return "truncated" if sample.advantage is None else "equal_rewards"
+    if sample.advantage is None:
+        return "truncated"
+    return "zero_advantage" if is_mixed(group) else "equal_rewards"
 
 
 def _judged(reward: float | None) -> float | None:

@@ -7,9 +7,10 @@ Then all ranks agree which groups the step trains on, and get them all.
     ahead      asynchronous: the first round of the next step runs while this one trains
     stopped    oversampling: what still runs once enough groups are complete. Its prompts are drawn again,
                or go on with the tokens that they have (partial_rollouts)
-    refills    dynamic sampling (drop_zero_spread): rounds that replace groups of equal rewards
+    refills    dynamic sampling (drop_zero_spread): rounds that replace groups that teach nothing, which for
+               most advantage estimators are those of equal rewards
 
-Every prompt that is taken from the data is trained on once, or dropped once for its equal rewards.
+Every prompt that is taken from the data is trained on once, or dropped once because its group taught nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from apo_megatron.rewards.registry import Reward
 from apo_megatron.rollout.draws import Draw, Draws, Verdict
 from apo_megatron.rollout.engine import Generation, Progress, RolloutEngine
 from apo_megatron.rollout.gathering import SampleColumns, gather_groups
-from apo_megatron.rollout.groups import check_versions, is_mixed, score_groups, step_sampling
+from apo_megatron.rollout.groups import check_versions, groups_that_teach, score_groups, step_sampling
 from apo_megatron.rollout.step_counts import StepCounts
 from apo_megatron.rollout.waiting import LateProgress, finish_generation, start_generation
 from apo_megatron.types import Prompt, Sample, SampleGroup
@@ -48,7 +49,7 @@ class StepSamples:
     groups: list[SampleGroup]  # data.prompts_per_step, scored, in the order in which prompts were drawn
     metrics: dict[str, float]
     note: str | None = None  # for the person who watches the run
-    # Groups of equal rewards that others took the place of: all but their tokens and log-probs.
+    # Groups that taught nothing and that others took the place of: all but their tokens and log-probs.
     dropped: list[tuple[Prompt, SampleColumns]] = field(default_factory=list)
 
 
@@ -162,7 +163,7 @@ class GroupSampler:
         return min(wanted, max(missing, math.ceil(missing * self._counts.num_complete / num_accepted)))
 
     def _is_accepted(self, verdict: Verdict) -> bool:
-        return verdict.is_mixed or not self._cfg.rollout.drop_zero_spread
+        return verdict.teaches or not self._cfg.rollout.drop_zero_spread
 
     def _begin_round(self, step: int, needed: int) -> None:
         count = math.ceil(self._cfg.rollout.oversampling * needed - _ROUNDING)
@@ -235,16 +236,18 @@ class GroupSampler:
                 draw.group = SampleGroup(draw.prompt, [Sample(c) for c in draw.completions])
                 complete.append(draw)
         groups = [draw.group for draw in complete if draw.group is not None]
-        score_groups(groups, self._reward)
+        score_groups(groups, self._reward, self._cfg.objective)
         verdicts = [
-            Verdict(draw.number, draw.oldest_version(), is_mixed(group), SampleColumns.of(group.samples))
-            for draw, group in zip(complete, groups, strict=True)
+            Verdict(draw.number, draw.oldest_version(), teaches, SampleColumns.of(group.samples))
+            for draw, group, teaches in zip(
+                complete, groups, groups_that_teach(groups, self._cfg), strict=True
+            )
         ]
         return verdicts, num_stale
 
     def _choose(self) -> tuple[list[Draw], list[Draw]]:
-        """The draws of this step, first drawn first, and those that are dropped; groups of equal rewards only
-        fill it up."""
+        """The draws of this step, first drawn first, and those that are dropped; groups that teach nothing
+        only fill it up."""
         complete = self._draws.complete()
         accepted = [draw for draw, verdict in complete if self._is_accepted(verdict)]
         rejected = [draw for draw, verdict in complete if not self._is_accepted(verdict)]
@@ -279,8 +282,8 @@ class GroupSampler:
             return None
         self._has_noted = True
         return (
-            f"step {step + 1}: {num_fillers} of {self._cfg.data.prompts_per_step} groups have equal rewards "
-            f"and teach nothing, after rollout.max_refills={rollout.max_refills} further rounds. Raise it or "
-            "rollout.oversampling, or choose prompts that are solved sometimes (said once: see "
-            "rollout/num_groups_filled_up)"
+            f"step {step + 1}: {num_fillers} of {self._cfg.data.prompts_per_step} groups teach nothing (most "
+            "often because they are all right or all wrong), after "
+            f"rollout.max_refills={rollout.max_refills} further rounds. Raise it or rollout.oversampling, or "
+            "choose prompts that are solved sometimes (said once: see rollout/num_groups_filled_up)"
         )

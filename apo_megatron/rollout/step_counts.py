@@ -17,8 +17,8 @@ class StepCounts:
     num_prompts_drawn: int = 0
     num_complete: int = 0  # groups that the rounds completed
     num_accepted: int = 0  # of them, without those that dynamic sampling replaces
-    num_zero_spread: int = 0  # groups dropped for their equal rewards
-    num_fillers: int = 0  # groups of equal rewards that fill the step up
+    num_zero_spread: int = 0  # groups dropped because they teach nothing
+    num_fillers: int = 0  # groups that teach nothing and fill the step up
     num_surplus: int = 0  # complete groups that nobody needs: their prompts are drawn again
     num_unfinished: int = 0  # groups that were stopped: their prompts are drawn again
     num_samples_carried: int = 0  # that go over into the next step, begun or complete

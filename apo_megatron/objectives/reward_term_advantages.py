@@ -1,0 +1,47 @@
+"""Advantages from several rewards, compared one by one before they are added up.
+
+[P, G, R]: R rewards ("terms") of each sample, with weights [R]. A sample that one of them could not judge
+(NaN) is left out of all statistics. Terms that do not differ in a group add 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apo_megatron.objectives.advantages import centered_rewards, group_normalized_advantages
+
+
+def gdpo_advantages(terms: Tensor, weights: Tensor, eps: float = 1e-6) -> Tensor:
+    """GDPO (arXiv 2601.05242): sum over the terms of weight * GRPO advantage, then whitened over the batch.
+
+    [P, G, R], [R] -> [P, G]. The (unbiased) std of the whitening is that of the judged samples of the groups
+    in which a term differs, as the others are not trained on; the mean is 0 in each group already.
+    """
+    by_term = _by_term(terms)
+    summed = torch.stack([group_normalized_advantages(term, eps) for term in by_term], dim=-1) @ weights
+    is_trained = summed.ne(0).any(dim=1, keepdim=True) & ~by_term[0].isnan()
+    variance = summed.square().sum() / (is_trained.sum() - 1).clamp(min=1)
+    return summed / (variance.sqrt() + eps)
+
+
+def dvao_advantages(terms: Tensor, weights: Tensor, eps: float = 1e-6) -> Tensor:
+    """DVAO (arXiv 2605.25604): A = sum_k w_k (r_k - mean_k) / (sum_l |w_l| s_l + eps), s the group's std.
+
+    [P, G, R], [R] -> [P, G]; it is the sum of GRPO advantages with weights w_k s_k / sum_l w_l s_l: a term
+    counts by how much it differs in the group. Known at second hand; |w| for negative weights and eps (where
+    nothing differs) are ours, and so is std with divisor n - 1.
+    """
+    centered, stds = [], []
+    for term in _by_term(terms):
+        of_term, num_judged = centered_rewards(term)
+        centered.append(of_term)
+        stds.append((of_term.square().sum(dim=1) / (num_judged.squeeze(1) - 1).clamp(min=1)).sqrt())
+    scale = torch.stack(stds, dim=-1) @ weights.abs()
+    return (torch.stack(centered, dim=-1) @ weights) / (scale.unsqueeze(1) + eps)
+
+
+def _by_term(terms: Tensor) -> list[Tensor]:
+    """R tensors [P, G]; NaN in all of them where one is."""
+    is_unjudged = terms.isnan().any(dim=-1, keepdim=True)
+    return list(terms.masked_fill(is_unjudged, torch.nan).unbind(dim=-1))
