@@ -23,7 +23,7 @@ HAS_PYTHON = $(if $(PYTHON),$(PYTHON) $(IS_RECENT),false) || { \
     exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install sglang-cpu both browser slurm demo test test-slurm coverage lint format docs dist clean
+.PHONY: help install sglang-cpu both browser slurm demo test test-slow test-slurm coverage lint format docs dist clean
 
 help: ## Print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ test: both browser slurm ## Linters and all tests (those that need a GPU are ski
 
 coverage: $(INSTALLED) ## How much of the pure modules their tests run (at least 95 %)
 	$(BIN)/python -m tests.pure_coverage
+
+test-slow: both slurm ## The tests that `make test` leaves out (Slurm, servers lost under Ray, coverage)
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-slurm: both slurm ## All tests of examples/slurm on a real Slurm, those too slow for `make test` too
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS) tests/test_slurm.py

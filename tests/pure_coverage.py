@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MIN_PERCENT, MIN_PERCENT_OF_ONE = 95.0, 85.0
 # A single process and nothing trained. Left out by name: several processes, and long runs of statistics.
 TESTS = (
+    "advantage_estimators",
     "advantages",
     "answers",
     "bootstrap",
@@ -35,6 +36,7 @@ TESTS = (
     "objectives",
     "overlong",
     "pass_at_k",
+    "pass_at_k_advantages",
     "planning",
     "policy_losses",
     "weight_names",

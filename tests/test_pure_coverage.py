@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 
+@pytest.mark.slow  # it runs other tests again
 def test_pure_modules_are_covered(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("coverage")  # an extra of development
     from tests import pure_coverage

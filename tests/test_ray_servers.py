@@ -34,6 +34,7 @@ def test_a_server_that_cannot_start_ends_the_run(base: CountdownBase, cluster: N
     assert not cluster.processes(RANK)
 
 
+@pytest.mark.slow
 def test_servers_that_are_lost_come_back_and_the_run_goes_on(base: CountdownBase, cluster: Nodes) -> None:
     stop_sglang_servers()
     cluster.add()
