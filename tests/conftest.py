@@ -9,6 +9,8 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
+from tests.countdown_base import CountdownBase, make_countdown_base
+
 # Files that start servers, or whole clusters, and mostly wait for them: one process of `make test` begins
 # with these, another with those that compute.
 WITH_SERVERS = (
@@ -40,6 +42,12 @@ class _ServersBesideOthers(LoadScopeScheduling):
         if node is not self.nodes[0]:
             self.workqueue.move_to_end(next(reversed(self.workqueue)), last=False)
         super()._assign_work_unit(node)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> CountdownBase:
+    """A Countdown model that solves some problems, in a folder for the runs of one file of tests."""
+    return make_countdown_base(tmp_path_factory.mktemp("countdown"))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:

@@ -10,14 +10,9 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from tests.countdown_base import CountdownBase, make_countdown_base
+from tests.countdown_base import CountdownBase
 from tests.distributed import run_distributed
 from tests.ray_cluster import ENDS_WITHIN, NUM_STEPS, RANK, Launch, Nodes, metrics_of, ray_config
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> CountdownBase:
-    return make_countdown_base(tmp_path_factory.mktemp("countdown"))
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.countdown_base import CountdownBase, make_countdown_base
+from tests.countdown_base import CountdownBase
 from tests.ray_cluster import RANK, SERVER, Launch, Nodes, metrics_of, ray_config
 from tests.sglang_servers import sglang_python, stop_sglang_servers
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> CountdownBase:
-    return make_countdown_base(tmp_path_factory.mktemp("countdown"))
 
 
 @pytest.fixture(scope="module")

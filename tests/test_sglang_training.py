@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from apo_megatron.rollout.event_loop import EventLoopThread
 from apo_megatron.rollout.server import ServerPool
 from apo_megatron.rollout.sglang_client import DrawRequest, SGLangClient, open_session
-from tests.countdown_base import CountdownBase, make_countdown_base
+from tests.countdown_base import CountdownBase
 from tests.distributed import DistributedRun, run_distributed
 from tests.fault_proxy import FaultProxy
 from tests.sglang_servers import sglang_python, sglang_servers, stop_sglang_servers
@@ -26,11 +26,6 @@ FP32_GAP = 1e-4  # measured: 2e-6
 BF16_GAP = 0.05  # mean over tokens; measured: docs/rollouts.md
 WORKER = "tests.workers.sglang_training:run"
 SECONDS_UNTIL_EVERYTHING_IS_GONE = 60
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> CountdownBase:
-    return make_countdown_base(tmp_path_factory.mktemp("countdown"))
 
 
 def metrics_of(base: CountdownBase, run: str) -> list[dict[str, Any]]:
