@@ -6,12 +6,38 @@ whole mini-batch, so every split over ranks and micro-batches adds up to the sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+# (lengths [N] float64 of the N sequences with a trained token, constant) -> a denominator for each, [N].
+Denominators = Callable[[Tensor, int | None], Tensor]
+
+
+def token_mean(lengths: Tensor, constant: int | None) -> Tensor:
+    """sum(lengths): DAPO, arXiv 2503.14476."""
+    return lengths.sum().expand_as(lengths)
+
+
+def seq_mean_token_mean(lengths: Tensor, constant: int | None) -> Tensor:
+    """N * length: GRPO, arXiv 2402.03300."""
+    return len(lengths) * lengths
+
+
+def seq_mean_token_sum_norm(lengths: Tensor, constant: int | None) -> Tensor:
+    """N * constant: Dr.GRPO, arXiv 2503.20783."""
+    assert constant is not None, "a rule of the configuration wants it"
+    return torch.full_like(lengths, len(lengths) * constant)
+
+
+LOSS_AGGREGATIONS: dict[LossAggregation, Denominators] = {
+    "token-mean": token_mean,
+    "seq-mean-token-mean": seq_mean_token_mean,
+    "seq-mean-token-sum-norm": seq_mean_token_sum_norm,
+}
 
 
 def sequence_weights(mode: LossAggregation, lengths: Tensor, constant: int | None = None) -> Tensor:
@@ -19,19 +45,9 @@ def sequence_weights(mode: LossAggregation, lengths: Tensor, constant: int | Non
 
     ``lengths`` counts the trained tokens of *all* sequences of the mini-batch; a sequence without any has
     weight 0 and does not count in N.
-
-    - ``token-mean``: 1 / sum(lengths) (DAPO, arXiv 2503.14476);
-    - ``seq-mean-token-mean``: 1 / (N * length) (GRPO, arXiv 2402.03300);
-    - ``seq-mean-token-sum-norm``: 1 / (N * constant) (Dr.GRPO, arXiv 2503.20783).
     """
     trained = lengths.double()
     is_trained = trained > 0
-    num_sequences = is_trained.double().sum()
-    if mode == "token-mean":
-        denominators = trained.sum().expand_as(trained)
-    elif mode == "seq-mean-token-mean":
-        denominators = num_sequences * trained
-    else:
-        assert mode == "seq-mean-token-sum-norm" and constant is not None, (mode, constant)
-        denominators = (num_sequences * constant).expand_as(trained)
-    return torch.where(is_trained, 1.0 / denominators, 0.0)
+    weights = torch.zeros_like(trained)
+    weights[is_trained] = 1.0 / LOSS_AGGREGATIONS[mode](trained[is_trained], constant)
+    return weights
