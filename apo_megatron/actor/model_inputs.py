@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apo_megatron.models.packed_sequences import HOST_FIELDS, PackedSequences, context_positions
 from apo_megatron.parallel.state import ParallelContext
-from apo_megatron.types import PaddedSequences, TrainedTokens
+from apo_megatron.types import ContextSplit, PaddedSequences, TrainedTokens
 
 PADDING = -1
 
@@ -116,16 +116,24 @@ def make_model_input(
     index = source.clamp(min=0)
     loss_mask = sequences.loss_mask.flatten()[index] & is_real
     found = source[loss_mask]
-    everywhere = layout.source[layout.source != PADDING]
-    num_trained = sequences.loss_mask.flatten()[torch.from_numpy(everywhere)].sum()
+    everywhere = torch.from_numpy(layout.source[layout.source != PADDING])
+    trained_everywhere = everywhere[sequences.loss_mask.flatten()[everywhere]]
+    split = _context_split(sequences, trained_everywhere, found) if parallel.dims.context > 1 else None
     model_input = ModelInput(
         tokens=sequences.tokens.flatten()[index].masked_fill(~is_real, 0),
         positions=(index % width).masked_fill(~is_real, 0),
         is_real=is_real,
         loss_mask=loss_mask,
         packed=None if layout.lengths is None else PackedSequences.of_lengths(layout.lengths),
-        trained=sequences.tokens_at(found),
-        num_sequences=len(np.unique(everywhere // width)),
-        num_trained=int(num_trained),
+        trained=replace(sequences.tokens_at(found), split=split),
+        num_sequences=len(torch.unique(everywhere // width)),
+        num_trained=len(trained_everywhere),
     )
     return model_input, found
+
+
+def _context_split(sequences: PaddedSequences, everywhere: Tensor, here: Tensor) -> ContextSplit:
+    """Of trained tokens [T_all] and [T], as places in the flattened sequences."""
+    places = torch.zeros(sequences.loss_mask.numel(), dtype=torch.int64)
+    places[everywhere] = torch.arange(len(everywhere))
+    return ContextSplit(everywhere // sequences.tokens.shape[1], places[here])
