@@ -71,10 +71,8 @@ def test_the_policy_loss_is_weighted_and_nothing_else(correction: str, mode: str
     loss, metrics = build_objective(cfg)(inputs, aggregation)
     free = without.model_copy(update={"use_kl_loss": False})
     policy = build_objective(free)(inputs, aggregation * weights)[0]
-    regularizers = (
-        build_objective(without)(inputs, aggregation)[0] - build_objective(free)(inputs, aggregation)[0]
-    )
-    expected = policy + regularizers
+    with_kl, without_kl = (build_objective(c)(inputs, aggregation)[0] for c in (without, free))
+    expected = policy + with_kl - without_kl
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-13)
     found = torch.autograd.grad(loss, case.logits, retain_graph=True)[0]
     torch.testing.assert_close(found, torch.autograd.grad(expected, case.logits)[0], rtol=1e-10, atol=1e-12)
