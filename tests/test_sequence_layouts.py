@@ -83,6 +83,8 @@ def sequences(model_path: str) -> list[dict[str, Any]]:
         with torch.no_grad():
             logits = model(tokens[None]).logits[0, start - 1 : -1]
         old = logits.log_softmax(-1).gather(-1, tokens[start:, None])[:, 0]
+        if sequence["advantage"] < 0:  # a loss near 0 would have no meaningful relative difference
+            sequence["advantage"] *= 0.25
         shift = (0.0, 0.4, 0.1, -0.4, 0.05, 0.3, 0.2, 0.0, -0.1, -0.1, -0.4, 0.4, 0.0)[number]
         noise = 0.05 * torch.randn(len(old), generator=generator)
         sequence["old"], sequence["rollout"] = old.tolist(), (old + shift + noise).tolist()
