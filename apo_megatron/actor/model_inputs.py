@@ -116,9 +116,14 @@ def make_model_input(
     index = source.clamp(min=0)
     loss_mask = sequences.loss_mask.flatten()[index] & is_real
     found = source[loss_mask]
-    everywhere = torch.from_numpy(layout.source[layout.source != PADDING])
-    trained_everywhere = everywhere[sequences.loss_mask.flatten()[everywhere]]
-    split = _context_split(sequences, trained_everywhere, found) if parallel.dims.context > 1 else None
+    everywhere = layout.source[layout.source != PADDING]
+    num_trained = sequences.loss_mask.flatten()[torch.from_numpy(everywhere)].sum()
+    split = None
+    if parallel.dims.context > 1:
+        whole = torch.from_numpy(layout.source)
+        is_trained = sequences.loss_mask.flatten()[whole.clamp(min=0)] & (whole != PADDING)
+        places = is_trained.flatten().cumsum(0).view_as(is_trained) - 1
+        split = ContextSplit(whole[is_trained] // width, places[:, columns][loss_mask])
     model_input = ModelInput(
         tokens=sequences.tokens.flatten()[index].masked_fill(~is_real, 0),
         positions=(index % width).masked_fill(~is_real, 0),
@@ -126,14 +131,7 @@ def make_model_input(
         loss_mask=loss_mask,
         packed=None if layout.lengths is None else PackedSequences.of_lengths(layout.lengths),
         trained=replace(sequences.tokens_at(found), split=split),
-        num_sequences=len(torch.unique(everywhere // width)),
-        num_trained=len(trained_everywhere),
+        num_sequences=len(np.unique(everywhere // width)),
+        num_trained=int(num_trained),
     )
     return model_input, found
-
-
-def _context_split(sequences: PaddedSequences, everywhere: Tensor, here: Tensor) -> ContextSplit:
-    """Of trained tokens [T_all] and [T], as places in the flattened sequences."""
-    places = torch.zeros(sequences.loss_mask.numel(), dtype=torch.int64)
-    places[everywhere] = torch.arange(len(everywhere))
-    return ContextSplit(everywhere // sequences.tokens.shape[1], places[here])

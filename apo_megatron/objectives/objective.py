@@ -34,11 +34,12 @@ class Objective:
     @property
     def needs(self) -> frozenset[Need]:
         """Optional inputs without which the loss cannot be computed."""
-        needs: set[Need] = {*self.spec.needs, *MISMATCH_CORRECTIONS[self.cfg.mismatch_correction].needs}
+        needs: set[Need] = set(self.spec.needs)
         if self.uses_kl_penalty:
             needs.add("reference_log_probs")
         if self.uses_entropy_bonus:
             needs.add("entropy_grad")
+        needs |= MISMATCH_CORRECTIONS[self.cfg.mismatch_correction].needs
         if self.cfg.off_policy_mask is not None:
             needs |= OFF_POLICY_MASK_NEEDS
         return frozenset(needs)
