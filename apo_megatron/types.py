@@ -101,11 +101,19 @@ class PaddedSequences:
 
     def tokens_at(self, positions: torch.Tensor) -> TrainedTokens:
         """The trained tokens at ``positions`` [T] int64 of the flattened [B * S]."""
-        picked: dict[str, Any] = {"sequence_ids": positions // self.tokens.shape[1]}
+        picked: dict[str, Any] = {"sequence_ids": positions // self.tokens.shape[1], "split": None}
         for name in (f.name for f in fields(TrainedTokens) if f.name not in picked):
             values = getattr(self, name)
             picked[name] = None if values is None else values.flatten(0, 1)[positions]
         return TrainedTokens(**picked)
+
+
+@dataclass(frozen=True)
+class ContextSplit:
+    """Which of the trained tokens of a micro-batch this context-parallel rank has: T of T_all."""
+
+    sequence_ids: torch.Tensor  # [T_all] int64, as in TrainedTokens; the same on all of these ranks
+    places: torch.Tensor  # [T] int64, where this rank's tokens are among them
 
 
 @dataclass(frozen=True)
@@ -121,3 +129,4 @@ class TrainedTokens:
     reference_log_probs: torch.Tensor | None = None
     reference_support_ids: torch.Tensor | None = None  # [T, K]
     reference_anchor_log_mass: torch.Tensor | None = None
+    split: ContextSplit | None = None  # None: this rank has all tokens of its micro-batch

@@ -19,7 +19,7 @@ PlainLoss = Callable[[float, float, float, Settings], tuple[float, float]]
 
 def vanilla(log_p: float, log_q: float, a: float, settings: Settings) -> tuple[float, float]:
     low, high = 1 - settings["clip_low"], 1 + settings["clip_high"]
-    return _ppo(math.exp(log_p - log_q), a, low, high, settings["dual_clip"])
+    return ppo(math.exp(log_p - log_q), a, low, high, settings["dual_clip"])
 
 
 def gppo(log_p: float, log_q: float, a: float, settings: Settings) -> tuple[float, float]:
@@ -28,7 +28,7 @@ def gppo(log_p: float, log_q: float, a: float, settings: Settings) -> tuple[floa
         return -a * high, -a * high * settings["gppo"]["right_gradient"]
     if a < 0 and r < low:
         return -a * low, -a * low * settings["gppo"]["wrong_gradient"]
-    return _ppo(r, a, low, high, settings["dual_clip"])
+    return ppo(r, a, low, high, settings["dual_clip"])
 
 
 def dcpo_clip(log_p: float, log_q: float, a: float, settings: Settings) -> tuple[float, float]:
@@ -36,7 +36,7 @@ def dcpo_clip(log_p: float, log_q: float, a: float, settings: Settings) -> tuple
     # The roots of r (1 - r) q = clip_low nearest to 1, and of r (r - 1) q = clip_high.
     low = 0.5 + math.sqrt(max(0.25 - own["clip_low"] / q, 0.0)) if q > 0 else 0.5
     high = 0.5 + math.sqrt(0.25 + own["clip_high"] / q) if q > 0 else math.inf
-    return _ppo(math.exp(log_p - log_q), a, low, min(high, own["max_ratio"]), settings["dual_clip"])
+    return ppo(math.exp(log_p - log_q), a, low, min(high, own["max_ratio"]), settings["dual_clip"])
 
 
 def sapo(log_p: float, log_q: float, a: float, settings: Settings) -> tuple[float, float]:
@@ -85,7 +85,7 @@ def plain_loss(
     return value + slope * (log_probs - log_probs.detach())
 
 
-def _ppo(r: float, a: float, low: float, high: float, dual: float | None) -> tuple[float, float]:
+def ppo(r: float, a: float, low: float, high: float, dual: float | None) -> tuple[float, float]:
     """PPO as a maximum of two, then the dual clip as a minimum."""
     free, held = -a * r, -a * min(max(r, low), high)
     loss, slope = (free, free) if free >= held else (held, 0.0)

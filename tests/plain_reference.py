@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from tests.plain_losses import plain_loss
+from tests.plain_sequence_losses import PLAIN_SEQUENCE_LOSSES, plain_sequence_loss, plain_weights
 
 
 def run_plain(
@@ -102,9 +103,14 @@ def _sequence_loss(
     if objective["loss_mode"] in ("apo_ratio", "vanilla"):
         clipped = ratio.clamp(1 - objective["clip_low"], 1 + objective["clip_high"])
         loss = torch.maximum(-advantage * ratio, -advantage * clipped)
+    elif objective["loss_mode"] in PLAIN_SEQUENCE_LOSSES:
+        loss = plain_sequence_loss(objective["loss_mode"], log_probs, old, advantage, objective)
     else:
         advantages = torch.full_like(old, advantage)
         loss = plain_loss(objective["loss_mode"], log_probs, old, advantages, objective)
+    if "rollout" in sequence:
+        weights = plain_weights(log_probs.tolist(), old.tolist(), sequence["rollout"], advantage, objective)
+        loss = loss * torch.tensor(weights)
     on_all, on_wrong = objective.get("use_kl_loss", False), objective.get("use_kl_loss_on_wrong", False)
     if on_all or (on_wrong and advantage < 0):
         difference = reference.gather(-1, targets[:, None])[:, 0] - log_probs

@@ -39,6 +39,8 @@ TESTS = (
     "pass_at_k_advantages",
     "planning",
     "policy_losses",
+    "sequence_corrections",
+    "sequence_losses",
     "weight_names",
     "weights",
 )

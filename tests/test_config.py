@@ -150,8 +150,8 @@ def test_a_configuration_is_frozen(file: Path) -> None:
         ),
         (
             "objective: {mismatch_correction: icpop}",
-            "run.yaml:4: objective.mismatch_correction: found 'icpop', expected one of none, tis, icepop; "
-            "did you mean icepop?",
+            "run.yaml:4: objective.mismatch_correction: found 'icpop', expected one of none, tis, icepop, "
+            "seq_mask_tis; did you mean icepop?",
         ),
         (
             "objective:\n  cispo: {clip_hihg: 4}",
@@ -450,7 +450,7 @@ def test_every_rule_has_a_case_and_every_case_its_rule() -> None:
 
 
 def test_the_nearest_loss_is_named(file: Path) -> None:
-    assert problem(file, ["objective.loss_mode=gpo"]).endswith("; did you mean gppo?")
+    assert problem(file, ["objective.loss_mode=cipo"]).endswith("; did you mean cispo?")
     assert "did you mean" not in problem(file, ["objective.loss_mode=8"])
 
 

@@ -22,6 +22,7 @@ from apo_megatron.objectives import (
     build_objective,
 )
 from tests.plain_losses import PLAIN_LOSSES, plain_loss
+from tests.plain_sequence_losses import PLAIN_SEQUENCE_LOSSES
 
 NAMES = tuple(PLAIN_LOSSES)
 # Every bound is reached by the tokens below.
@@ -250,7 +251,8 @@ def test_dcpo_gives_rare_tokens_a_wider_range() -> None:
 def test_what_a_configuration_may_name_is_what_is_registered() -> None:
     modes = get_args(ObjectiveConfig.model_fields["loss_mode"].annotation)
     assert {*modes, "supervised"} == set(POLICY_LOSSES)
-    assert {*NAMES, "apo_ratio"} == set(modes)  # each has a definition to be compared with
+    # Each has a definition to be compared with.
+    assert {*NAMES, *PLAIN_SEQUENCE_LOSSES, "apo_ratio"} == set(modes)
     corrections = get_args(ObjectiveConfig.model_fields["mismatch_correction"].annotation)
     assert set(corrections) == set(MISMATCH_CORRECTIONS)
 
@@ -266,7 +268,7 @@ def test_the_page_of_methods_has_a_row_for_each() -> None:
     assert rows["Corrections"] == {"mismatch_correction", *MISMATCH_CORRECTIONS}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *PLAIN_SEQUENCE_LOSSES])
 def test_sources_and_certainty_are_stated(name: str) -> None:
     text = POLICY_LOSSES[name].function.__doc__ or ""
     assert "arXiv" in text and ("[code]" in text or ("[second-hand]" in text and "Experimental" in text))

@@ -40,11 +40,13 @@ from apo_megatron.objectives.interface import TokenMetric
 from apo_megatron.objectives.kl import kl_k3
 from apo_megatron.objectives.mismatch import mismatch_metrics
 from apo_megatron.objectives.objective import Objective
+from apo_megatron.objectives.sequences import WholeSequences
 from apo_megatron.objectives.token_metrics import PULL_FRACTION
 from apo_megatron.parallel.collectives import (
     all_gather_objects,
     any_rank,
     broadcast_from_last_stage,
+    sum_over_context_parallel,
     sum_over_data_and_context_parallel,
     sum_over_data_parallel,
 )
@@ -102,6 +104,7 @@ class MegatronActor:
             temperature,
             # Megatron starts reducing when autograd hands it the last gradient of a bucket.
             gradient_in_place=not parallel.dims.overlap_grad_reduce,
+            sum_over_context=partial(sum_over_context_parallel, parallel=parallel),
         )
         self.consecutive_skips = self.most_consecutive_skips = 0  # updates that were not finite
         self._weights_are_complete = True
@@ -185,7 +188,10 @@ class MegatronActor:
             mask = sequences.loss_mask
             sums.add(
                 mismatch_metrics(
-                    sequences.old_log_probs[mask], sequences.rollout_log_probs[mask], objective.cfg
+                    sequences.old_log_probs[mask],
+                    sequences.rollout_log_probs[mask],
+                    objective.cfg,
+                    WholeSequences.all_here(mask.nonzero()[:, 0]),
                 )
             )
         return self._reduce(sums, sum_over_data_parallel)

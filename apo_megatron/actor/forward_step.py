@@ -22,6 +22,7 @@ from apo_megatron.health import activity
 from apo_megatron.models.policy_model import LMHeadInput
 from apo_megatron.objectives.interface import LossInputs, TokenMetric
 from apo_megatron.objectives.objective import Objective
+from apo_megatron.objectives.sequences import WholeSequences
 from apo_megatron.parallel.lm_head import lm_head_policy_terms, lm_head_topk
 from apo_megatron.parallel.vocab import (
     PolicyTerms,
@@ -46,6 +47,8 @@ class TokenTerms:
     temperature: float
     # The fused LM head sums its weight's gradient into Megatron's fp32 buffer; False: autograd hands it on.
     gradient_in_place: bool = True
+    # In place, over the context-parallel ranks, which have a part of a micro-batch's tokens each.
+    sum_over_context: Callable[[Tensor], Tensor] | None = None
 
     def log_probs(self, output: ModelOutput, tokens: TrainedTokens) -> TokenResults:
         """log pi(y) of the trained tokens."""
@@ -96,8 +99,22 @@ class TokenTerms:
             reference_log_probs=tokens.reference_log_probs,
             rollout_log_probs=tokens.rollout_log_probs,
             sampled_in_support=None if support is None else in_support,
+            sequences=self._whole_sequences(tokens) if "whole_sequences" in objective.needs else None,
         )
         return objective(inputs, tokens.loss_weights)
+
+    def _whole_sequences(self, tokens: TrainedTokens) -> WholeSequences:
+        split, sum_over_context = tokens.split, self.sum_over_context
+        if split is None:
+            return WholeSequences.all_here(tokens.sequence_ids)
+        assert sum_over_context is not None
+
+        def gather(values: Tensor) -> Tensor:
+            everywhere = values.new_zeros(len(split.sequence_ids))
+            everywhere[split.places] = values
+            return sum_over_context(everywhere)
+
+        return WholeSequences(split.sequence_ids, gather, lambda values: values[split.places])
 
     def _policy_terms(self, output: ModelOutput, targets: Tensor, support_ids: Tensor) -> PolicyTerms:
         if isinstance(output, Tensor):

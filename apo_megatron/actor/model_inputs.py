@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apo_megatron.models.packed_sequences import HOST_FIELDS, PackedSequences, context_positions
 from apo_megatron.parallel.state import ParallelContext
-from apo_megatron.types import PaddedSequences, TrainedTokens
+from apo_megatron.types import ContextSplit, PaddedSequences, TrainedTokens
 
 PADDING = -1
 
@@ -118,13 +118,19 @@ def make_model_input(
     found = source[loss_mask]
     everywhere = layout.source[layout.source != PADDING]
     num_trained = sequences.loss_mask.flatten()[torch.from_numpy(everywhere)].sum()
+    split = None
+    if parallel.dims.context > 1:
+        whole = torch.from_numpy(layout.source)
+        is_trained = sequences.loss_mask.flatten()[whole.clamp(min=0)] & (whole != PADDING)
+        places = is_trained.flatten().cumsum(0).view_as(is_trained) - 1
+        split = ContextSplit(whole[is_trained] // width, places[:, columns][loss_mask])
     model_input = ModelInput(
         tokens=sequences.tokens.flatten()[index].masked_fill(~is_real, 0),
         positions=(index % width).masked_fill(~is_real, 0),
         is_real=is_real,
         loss_mask=loss_mask,
         packed=None if layout.lengths is None else PackedSequences.of_lengths(layout.lengths),
-        trained=sequences.tokens_at(found),
+        trained=replace(sequences.tokens_at(found), split=split),
         num_sequences=len(np.unique(everywhere // width)),
         num_trained=int(num_trained),
     )

@@ -18,12 +18,15 @@ from apo_megatron.config.advantages import (
 )
 from apo_megatron.config.policy_losses import (
     CISPOConfig,
+    CTPOConfig,
     DCPOConfig,
     DISPOConfig,
     DPPOConfig,
     GPPOConfig,
+    GSPOConfig,
     PolicyLossName,
     SAPOConfig,
+    VESPOConfig,
 )
 from apo_megatron.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section, rule
 
@@ -64,8 +67,9 @@ class ObjectiveConfig(Section):
     old_log_probs: Literal["recompute", "rollout"] = Field(
         "recompute", description="log pi_old by the actor's own pass, or as the engine reported it."
     )
-    mismatch_correction: Literal["none", "tis", "icepop"] = Field(
-        "none", description="Token weights for pi_old / pi_rollout: truncated (TIS) or masked (IcePop)."
+    mismatch_correction: Literal["none", "tis", "icepop", "seq_mask_tis"] = Field(
+        "none",
+        description="Weights for pi_old / pi_rollout: truncated (TIS), tokens or whole answers masked.",
     )
     tis_cap: Annotated[float, Field(ge=1)] = Field(2.0, description="TIS: largest weight.")
     icepop_low: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -73,6 +77,15 @@ class ObjectiveConfig(Section):
     )
     icepop_high: Annotated[float, Field(ge=1)] = Field(
         5.0, description="IcePop: tokens with a larger ratio get weight 0."
+    )
+    seq_mask_low: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.999, description="seq_mask_tis: answers with a smaller geometric mean ratio get weight 0."
+    )
+    seq_mask_high: Annotated[float, Field(ge=1)] = Field(
+        1.002, description="seq_mask_tis: answers with a larger geometric mean ratio get weight 0."
+    )
+    off_policy_mask: PositiveFloat | None = Field(
+        None, description="Drops answers with A < 0 whose mean log(pi_rollout / pi_theta) is above it."
     )
     use_kl_loss: bool = Field(False, description="KL to the reference on all trained tokens.")
     use_kl_loss_on_wrong: bool = Field(False, description="KL to the reference only where A < 0.")
@@ -85,6 +98,9 @@ class ObjectiveConfig(Section):
     gppo: GPPOConfig = GPPOConfig()
     dcpo: DCPOConfig = DCPOConfig()
     dppo: DPPOConfig = DPPOConfig()
+    gspo: GSPOConfig = GSPOConfig()
+    ctpo: CTPOConfig = CTPOConfig()
+    vespo: VESPOConfig = VESPOConfig()
 
     @rule
     def wrong_tokens_must_not_start_clipped(self) -> str | None:

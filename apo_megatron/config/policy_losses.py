@@ -20,6 +20,9 @@ PolicyLossName = Literal[
     "gppo",
     "dcpo_clip",
     "dppo_tv",
+    "gspo",
+    "ctpo",
+    "vespo",
 ]
 
 
@@ -81,3 +84,29 @@ class DPPOConfig(Section):
     max_increase: PositiveFloat = Field(0.2, description="A > 0: largest pi_theta(y) - pi_old(y).")
     max_decrease: PositiveFloat = Field(0.2, description="A < 0: largest pi_old(y) - pi_theta(y).")
     max_weight: PositiveFloat = Field(20.0, description="Largest weight of A log pi.")
+
+
+class GSPOConfig(Section):
+    """`loss_mode: gspo`. Clip range of the geometric mean of the ratio over an answer."""
+
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(3e-4, description="Clipped under 1 - clip_low.")
+    clip_high: PositiveFloat = Field(4e-4, description="Clipped over 1 + clip_high.")
+
+
+class CTPOConfig(Section):
+    """`loss_mode: ctpo`. Bounds of the log of the cumulative ratio at the t-th token, in units of t^power."""
+
+    low: PositiveFloat = Field(0.025, description="A < 0: clipped under exp(-low t^power).")
+    high: PositiveFloat = Field(0.05, description="A > 0: clipped over exp(high t^power).")
+    dual: PositiveFloat = Field(0.05, description="A < 0: clipped over exp(dual t^power).")
+    power: float = Field(0.5, description="How the bounds widen; with geometric_mean the authors use -0.5.")
+    geometric_mean: bool = Field(False, description="The mean of log r up to the token, not the sum.")
+
+
+class VESPOConfig(Section):
+    """`loss_mode: vespo`. Weight W^power exp(decay (1 - W)) of an answer, W = product of its ratios."""
+
+    right_power: PositiveFloat = Field(2.0, description="k where A > 0.")
+    right_decay: PositiveFloat = Field(3.0, description="l where A > 0.")
+    wrong_power: PositiveFloat = Field(3.0, description="k where A < 0.")
+    wrong_decay: PositiveFloat = Field(2.0, description="l where A < 0.")

@@ -19,6 +19,7 @@ from apo_megatron.objectives.mismatch import mismatch_metrics, mismatch_weights
 from apo_megatron.objectives.objective import Objective, build_objective, supervised_objective
 from apo_megatron.objectives.ratios import anchor_ratio, importance_ratio, rectified_ratio
 from apo_megatron.objectives.registry import POLICY_LOSSES, PolicyLossSpec
+from apo_megatron.objectives.sequences import WholeSequences
 from apo_megatron.objectives.surrogates import clipped_surrogate
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Objective",
     "PolicyLossSpec",
     "TokenMetric",
+    "WholeSequences",
     "anchor_ratio",
     "build_objective",
     "clipped_surrogate",

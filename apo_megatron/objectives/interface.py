@@ -14,9 +14,10 @@ from typing import Literal
 from torch import Tensor
 
 from apo_megatron.config.objective import ObjectiveConfig
+from apo_megatron.objectives.sequences import WholeSequences
 
 # Per-token inputs that cost something and are computed only for a loss that declares them.
-Need = Literal["anchor", "reference_log_probs", "entropy_grad", "rollout_log_probs"]
+Need = Literal["anchor", "reference_log_probs", "entropy_grad", "rollout_log_probs", "whole_sequences"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class LossInputs:
     reference_log_probs: Tensor | None = None  # log pi_ref(y)
     rollout_log_probs: Tensor | None = None  # log pi_rollout(y), as the engine reported it
     sampled_in_support: Tensor | None = None  # [T] bool, y in M; means something only where A < 0
+    sequences: WholeSequences | None = None  # for what ``sequences.py`` says of a token's whole sequence
 
 
 @dataclass(frozen=True)

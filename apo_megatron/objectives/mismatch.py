@@ -12,32 +12,58 @@ import torch
 from torch import Tensor
 
 from apo_megatron.config.objective import ObjectiveConfig
-from apo_megatron.objectives.corrections import MISMATCH_CORRECTIONS, CorrectedTokens
-from apo_megatron.objectives.interface import TokenMetric
+from apo_megatron.objectives.corrections import MISMATCH_CORRECTIONS, CorrectedTokens, off_policy_masked
+from apo_megatron.objectives.interface import LossInputs, TokenMetric
 from apo_megatron.objectives.kl import kl_k3
 from apo_megatron.objectives.ratios import importance_ratio
+from apo_megatron.objectives.sequences import WholeSequences
 
 
-def corrected_loss(
-    loss: Tensor, old_log_probs: Tensor, rollout_log_probs: Tensor, cfg: ObjectiveConfig
-) -> Tensor:
+def corrected_loss(loss: Tensor, weights: Tensor | None) -> Tensor:
     """The policy loss of each token times its weight, [T]; a masked token has loss 0 and gradient 0.
 
     The denominators of the aggregation stay those of all trained tokens.
     """
-    weights = mismatch_weights(old_log_probs, rollout_log_probs, cfg)
-    return torch.where(weights == 0, 0.0, weights * loss)
+    return loss if weights is None else torch.where(weights == 0, 0.0, weights * loss)
 
 
 @torch.no_grad()
-def mismatch_weights(old_log_probs: Tensor, rollout_log_probs: Tensor, cfg: ObjectiveConfig) -> Tensor:
-    """What the policy loss of each token is multiplied by, [T] without a gradient (``corrections.py``)."""
-    return _corrected(importance_ratio(old_log_probs, rollout_log_probs), cfg).weights
+def policy_loss_weights(
+    inputs: LossInputs, cfg: ObjectiveConfig
+) -> tuple[Tensor | None, dict[str, TokenMetric]]:
+    """What the policy loss of each token is multiplied by, [T], None if by nothing; and metrics.
+
+    The mismatch correction, times 0 for what the off-policy mask drops (``off_policy_masked_share``).
+    """
+    weights, metrics = None, {}
+    if cfg.mismatch_correction != "none":
+        assert inputs.rollout_log_probs is not None
+        weights = mismatch_weights(inputs.old_log_probs, inputs.rollout_log_probs, cfg, inputs.sequences)
+    if cfg.off_policy_mask is not None:
+        is_masked = off_policy_masked(inputs, cfg.off_policy_mask)
+        kept = torch.ones_like(inputs.old_log_probs) if weights is None else weights
+        weights = torch.where(is_masked, 0.0, kept)
+        metrics["off_policy_masked_share"] = TokenMetric(is_masked)
+    return weights, metrics
+
+
+@torch.no_grad()
+def mismatch_weights(
+    old_log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    cfg: ObjectiveConfig,
+    sequences: WholeSequences | None = None,
+) -> Tensor:
+    """The weights of ``mismatch_correction``, [T] (``corrections.py``)."""
+    return _corrected(importance_ratio(old_log_probs, rollout_log_probs), cfg, sequences).weights
 
 
 @torch.no_grad()
 def mismatch_metrics(
-    old_log_probs: Tensor, rollout_log_probs: Tensor, cfg: ObjectiveConfig
+    old_log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    cfg: ObjectiveConfig,
+    sequences: WholeSequences | None = None,
 ) -> dict[str, TokenMetric]:
     """The gap |log rho| in nats, its largest value, k3 of KL(pi_rollout || pi_old), whose samples these are,
     rho itself, and the share of tokens whose weight is not rho because it was truncated or masked.
@@ -49,9 +75,9 @@ def mismatch_metrics(
         "mismatch/log_prob_gap_max": TokenMetric(gap, reduction="max"),
         "mismatch/kl_k3": TokenMetric(kl_k3(rollout_log_probs, old_log_probs)),
         "mismatch/ratio": TokenMetric(ratio, quantiles=True),
-        "mismatch/corrected_share": TokenMetric(_corrected(ratio, cfg).is_changed),
+        "mismatch/corrected_share": TokenMetric(_corrected(ratio, cfg, sequences).is_changed),
     }
 
 
-def _corrected(ratio: Tensor, cfg: ObjectiveConfig) -> CorrectedTokens:
-    return MISMATCH_CORRECTIONS[cfg.mismatch_correction](ratio, cfg)
+def _corrected(ratio: Tensor, cfg: ObjectiveConfig, sequences: WholeSequences | None) -> CorrectedTokens:
+    return MISMATCH_CORRECTIONS[cfg.mismatch_correction].function(ratio, cfg, sequences)

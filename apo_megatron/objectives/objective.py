@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from apo_megatron.config.objective import ObjectiveConfig
+from apo_megatron.objectives.corrections import MISMATCH_CORRECTIONS, OFF_POLICY_MASK_NEEDS
 from apo_megatron.objectives.interface import LossInputs, Need, TokenMetric
-from apo_megatron.objectives.mismatch import corrected_loss
+from apo_megatron.objectives.mismatch import corrected_loss, policy_loss_weights
 from apo_megatron.objectives.registry import POLICY_LOSSES, PolicyLossSpec
 from apo_megatron.objectives.regularizers import entropy_bonus, kl_penalty
 from apo_megatron.objectives.token_metrics import (
@@ -38,8 +39,9 @@ class Objective:
             needs.add("reference_log_probs")
         if self.uses_entropy_bonus:
             needs.add("entropy_grad")
-        if self.uses_mismatch_correction:
-            needs.add("rollout_log_probs")
+        needs |= MISMATCH_CORRECTIONS[self.cfg.mismatch_correction].needs
+        if self.cfg.off_policy_mask is not None:
+            needs |= OFF_POLICY_MASK_NEEDS
         return frozenset(needs)
 
     @property
@@ -49,10 +51,6 @@ class Objective:
     @property
     def uses_entropy_bonus(self) -> bool:
         return self.cfg.entropy_coeff > 0
-
-    @property
-    def uses_mismatch_correction(self) -> bool:
-        return self.cfg.mismatch_correction != "none"
 
     @property
     def needs_reference_log_probs(self) -> bool:
@@ -90,10 +88,9 @@ class Objective:
         T = 0 the scalar is 0, still differentiable, and the names of the metrics are the same.
         """
         outputs = self.spec.function(inputs, self.cfg)
-        loss, metrics = outputs.loss, dict(outputs.metrics)
-        if self.uses_mismatch_correction:
-            assert inputs.rollout_log_probs is not None
-            loss = corrected_loss(loss, inputs.old_log_probs, inputs.rollout_log_probs, self.cfg)
+        corrections, metrics = policy_loss_weights(inputs, self.cfg)
+        metrics |= outputs.metrics
+        loss = corrected_loss(outputs.loss, corrections)
         if self.spec.uses_rollouts:
             metrics["policy_loss"] = TokenMetric(loss)
         if self.uses_kl_penalty:
@@ -103,11 +100,11 @@ class Objective:
         if self.uses_entropy_bonus:
             loss = loss + entropy_bonus(inputs, self.cfg).loss
         shares = torch.where(weights == 0, 0.0, weights * loss)
-        metrics |= self._telemetry(inputs)
+        metrics |= self._telemetry(inputs, corrections)
         metrics["loss"] = TokenMetric(shares, reduction="sum")
         return shares.sum(), metrics
 
-    def _telemetry(self, inputs: LossInputs) -> dict[str, TokenMetric]:
+    def _telemetry(self, inputs: LossInputs, corrections: Tensor | None) -> dict[str, TokenMetric]:
         metrics = {"entropy": TokenMetric(inputs.entropy)}
         if self.spec.uses_rollouts:
             is_wrong = inputs.advantages < 0
@@ -116,7 +113,7 @@ class Objective:
             metrics |= reference_metrics(inputs, has_reference)
             metrics |= support_metrics(inputs, self.cfg)
         if "anchor" in self.needs:
-            metrics |= pull_metrics(inputs, self.cfg)
+            metrics |= pull_metrics(inputs, self.cfg, corrections)
         return metrics
 
 

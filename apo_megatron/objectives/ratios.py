@@ -17,13 +17,18 @@ from torch import Tensor
 MAX_LOG_RATIO = 20.0
 
 
+def log_importance_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
+    """log r = log_probs - old_log_probs, [...] -> [...], held within +-20 as in ``importance_ratio``."""
+    return (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
 def importance_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
     """r = pi_theta(y) / pi_old(y) = exp(log_probs - old_log_probs), [...] -> [...].
 
     The log ratio is held within +-20 (the field's custom), so r lies in [2.1e-9, 4.9e8] and the loss of a
     wrong token, which has no upper clip without dual clip, stays finite. Outside, the gradient is 0.
     """
-    return (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return log_importance_ratio(log_probs, old_log_probs).exp()
 
 
 def anchor_ratio(anchor_log_mass: Tensor, reference_anchor_log_mass: Tensor) -> Tensor:

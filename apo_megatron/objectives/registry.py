@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from apo_megatron.objectives.interface import Need, PolicyLoss
 from apo_megatron.objectives.policy_losses.apo import apo_ratio
 from apo_megatron.objectives.policy_losses.clipped import dcpo_clip, gppo, sapo, vanilla
+from apo_megatron.objectives.policy_losses.sequence_level import ctpo, gspo, vespo
 from apo_megatron.objectives.policy_losses.supervised import supervised
 from apo_megatron.objectives.policy_losses.weighted import cispo, dispo, dppo_tv
 
@@ -29,5 +30,8 @@ POLICY_LOSSES: dict[str, PolicyLossSpec] = {
     "gppo": PolicyLossSpec(gppo),
     "dcpo_clip": PolicyLossSpec(dcpo_clip),
     "dppo_tv": PolicyLossSpec(dppo_tv),
+    "gspo": PolicyLossSpec(gspo, needs=frozenset({"whole_sequences"})),
+    "ctpo": PolicyLossSpec(ctpo, needs=frozenset({"whole_sequences"})),
+    "vespo": PolicyLossSpec(vespo, needs=frozenset({"whole_sequences"})),
     "supervised": PolicyLossSpec(supervised, uses_rollouts=False),
 }

@@ -16,7 +16,7 @@ def clipped_surrogate(
     advantages: Tensor,
     clip_low: float | Tensor,
     clip_high: float | Tensor,
-    dual_clip: float | None = None,
+    dual_clip: float | Tensor | None = None,
 ) -> Tensor:
     """Loss per token: max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), [...] -> [...].
 
@@ -46,7 +46,7 @@ def clipped_tokens(
     advantages: Tensor,
     clip_low: float | Tensor,
     clip_high: float | Tensor,
-    dual_clip: float | None = None,
+    dual_clip: float | Tensor | None = None,
 ) -> ClippedTokens:
     """The tokens that ``clipped_surrogate`` of the same arguments gives no gradient."""
     is_wrong = advantages < 0

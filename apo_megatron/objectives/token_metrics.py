@@ -8,7 +8,6 @@ from torch import Tensor
 from apo_megatron.config.objective import ObjectiveConfig
 from apo_megatron.objectives.interface import LossInputs, TokenMetric
 from apo_megatron.objectives.kl import kl_k3
-from apo_megatron.objectives.mismatch import mismatch_weights
 from apo_megatron.objectives.ratios import anchor_ratio, importance_ratio, rectified_ratio
 from apo_megatron.objectives.surrogates import ClippedTokens
 
@@ -88,11 +87,12 @@ def support_metrics(inputs: LossInputs, cfg: ObjectiveConfig) -> Metrics:
 
 
 @torch.no_grad()
-def pull_metrics(inputs: LossInputs, cfg: ObjectiveConfig) -> Metrics:
+def pull_metrics(inputs: LossInputs, cfg: ObjectiveConfig, corrections: Tensor | None) -> Metrics:
     """``pull_fraction``: the share of the tokens with A < 0 on which the pull of APO acted.
 
     It acts on a token where the gradient of its policy loss with respect to log P is not zero: A < 0,
-    pull_coeff > 0, S is not empty (a > 0), r~ is inside the clip range, and the mismatch weight is not 0.
+    pull_coeff > 0, S is not empty (a > 0), r~ is inside the clip range, and its loss is not multiplied by 0:
+    ``corrections`` of ``mismatch.policy_loss_weights``.
     """
     assert inputs.anchor_log_mass is not None and inputs.reference_anchor_log_mass is not None
     is_wrong = inputs.advantages < 0
@@ -103,7 +103,6 @@ def pull_metrics(inputs: LossInputs, cfg: ObjectiveConfig) -> Metrics:
     is_pulled = is_wrong & (anchor > 0) & (rectified >= 1 - cfg.clip_low)
     if cfg.dual_clip is not None:
         is_pulled &= rectified <= cfg.dual_clip
-    if cfg.mismatch_correction != "none":
-        assert inputs.rollout_log_probs is not None
-        is_pulled &= mismatch_weights(inputs.old_log_probs, inputs.rollout_log_probs, cfg) != 0
+    if corrections is not None:
+        is_pulled &= corrections != 0
     return {PULL_FRACTION: TokenMetric(is_pulled & (cfg.apo_pull_coeff > 0), is_wrong)}

@@ -72,6 +72,12 @@ def sum_over_data_and_context_parallel(values: torch.Tensor, parallel: ParallelC
     return values
 
 
+def sum_over_context_parallel(values: torch.Tensor, parallel: ParallelContext) -> torch.Tensor:
+    """``values`` summed in place over the ranks that have other tokens of the same sequences."""
+    dist.all_reduce(values, group=parallel.context_group)
+    return values
+
+
 def broadcast_from_last_stage(value: T, parallel: ParallelContext) -> T:
     """The last stage's ``value`` on every stage of this rank's pipeline."""
     if parallel.dims.pipeline == 1:

@@ -40,7 +40,7 @@ def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelC
             np.array(s["tokens"]),
             s["prompt_length"],
             s["advantage"],
-            np.zeros(len(s["tokens"]) - s["prompt_length"]),
+            np.array(s.get("rollout", np.zeros(len(s["tokens"]) - s["prompt_length"]))),
         )
         for s in payload["sequences"]
     ]

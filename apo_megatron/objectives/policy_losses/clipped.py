@@ -75,7 +75,7 @@ def clipped_loss(
     inputs: LossInputs,
     clip_low: float | Tensor,
     clip_high: float | Tensor,
-    dual_clip: float | None,
+    dual_clip: float | Tensor | None,
 ) -> LossOutputs:
     """The clipped surrogate of any ratio [T], and which tokens it clips."""
     loss = clipped_surrogate(ratio, inputs.advantages, clip_low, clip_high, dual_clip)

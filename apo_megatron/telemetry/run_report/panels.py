@@ -54,6 +54,8 @@ PANELS = (
     Panel(STABILITY, "bound_fraction_low", "Held at the lower bound", "share of all trained tokens", "%"),
     Panel(STABILITY, "bound_fraction_high", "Held at the upper bound", "share of all trained tokens", "%"),
     Panel(STABILITY, "soft_gate", "Opening of the soft gate", "mean over the trained tokens; 1 is open"),
+    Panel(STABILITY, "sequence_weight", "Weight of answers", "mean over the trained tokens; 1 at r = 1"),
+    Panel(STABILITY, "off_policy_masked_share", "Off-policy mask", "share of all trained tokens", "%"),
     Panel(STABILITY, "kl_old", "KL within a step", "from the policy that drew the samples, nats"),
     Panel(
         STABILITY,
