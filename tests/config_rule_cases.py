@@ -232,6 +232,12 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
+        "simko_sees_whole_answers",
+        ["objective.loss_mode=simko", "parallel.context_parallel_size=2"],
+        ["objective.loss_mode=simko", "parallel.context_parallel_size=2", "choose another loss"],
+    ),
+    (
+        RLConfig,
         "overlong_buffer_is_a_part_of_the_response",
         ["reward.overlong_buffer=8", "rollout.max_new_tokens=8"],
         ["reward.overlong_buffer=8", "rollout.max_new_tokens=8"],

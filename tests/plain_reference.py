@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from tests.plain_losses import plain_loss
+from tests.plain_top_tokens import TOP_TOKEN_LOSSES, Answer
 
 
 def run_plain(
@@ -102,6 +103,11 @@ def _sequence_loss(
     if objective["loss_mode"] in ("apo_ratio", "vanilla"):
         clipped = ratio.clamp(1 - objective["clip_low"], 1 + objective["clip_high"])
         loss = torch.maximum(-advantage * ratio, -advantage * clipped)
+    elif objective["loss_mode"] in TOP_TOKEN_LOSSES:  # the old policy is the reference here
+        answer = Answer(
+            all_log_probs, reference, reference, targets, advantage, sequence.get("solve_rate", 0.0)
+        )
+        loss = TOP_TOKEN_LOSSES[objective["loss_mode"]](answer, objective)
     else:
         advantages = torch.full_like(old, advantage)
         loss = plain_loss(objective["loss_mode"], log_probs, old, advantages, objective)

@@ -39,6 +39,7 @@ TESTS = (
     "pass_at_k_advantages",
     "planning",
     "policy_losses",
+    "top_tokens",
     "weight_names",
     "weights",
 )

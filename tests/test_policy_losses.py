@@ -22,6 +22,7 @@ from apo_megatron.objectives import (
     build_objective,
 )
 from tests.plain_losses import PLAIN_LOSSES, plain_loss
+from tests.plain_top_tokens import TOP_TOKEN_LOSSES
 
 NAMES = tuple(PLAIN_LOSSES)
 # Every bound is reached by the tokens below.
@@ -250,7 +251,8 @@ def test_dcpo_gives_rare_tokens_a_wider_range() -> None:
 def test_what_a_configuration_may_name_is_what_is_registered() -> None:
     modes = get_args(ObjectiveConfig.model_fields["loss_mode"].annotation)
     assert {*modes, "supervised"} == set(POLICY_LOSSES)
-    assert {*NAMES, "apo_ratio"} == set(modes)  # each has a definition to be compared with
+    defined = {*NAMES, *TOP_TOKEN_LOSSES, "apo_ratio"}
+    assert defined == set(modes)  # each has a definition to be compared with
     corrections = get_args(ObjectiveConfig.model_fields["mismatch_correction"].annotation)
     assert set(corrections) == set(MISMATCH_CORRECTIONS)
 

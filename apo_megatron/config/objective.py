@@ -24,6 +24,8 @@ from apo_megatron.config.policy_losses import (
     GPPOConfig,
     PolicyLossName,
     SAPOConfig,
+    SimKOConfig,
+    TopKForwardKLConfig,
 )
 from apo_megatron.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section, rule
 
@@ -85,6 +87,8 @@ class ObjectiveConfig(Section):
     gppo: GPPOConfig = GPPOConfig()
     dcpo: DCPOConfig = DCPOConfig()
     dppo: DPPOConfig = DPPOConfig()
+    simko: SimKOConfig = SimKOConfig()
+    topk_forward_kl: TopKForwardKLConfig = TopKForwardKLConfig()
 
     @rule
     def wrong_tokens_must_not_start_clipped(self) -> str | None:

@@ -412,6 +412,19 @@ class RLConfig(Section):
         return None
 
     @rule
+    def simko_sees_whole_answers(self) -> str | None:
+        """`objective.loss_mode` = simko needs `parallel.context_parallel_size` = 1: it compares each token
+        with all others of its answer."""
+        size = self.parallel.context_parallel_size
+        if self.objective.loss_mode == "simko" and size > 1:
+            return (
+                f"objective.loss_mode=simko with parallel.context_parallel_size={size}: a rank would see "
+                "parts of answers, and simko compares each token with its whole answer; set "
+                "context_parallel_size=1, or choose another loss"
+            )
+        return None
+
+    @rule
     def overlong_buffer_is_a_part_of_the_response(self) -> str | None:
         """`reward.overlong_buffer` must be smaller than `rollout.max_new_tokens`, whose end it is."""
         if self.reward.overlong_buffer >= self.rollout.max_new_tokens:
