@@ -330,6 +330,8 @@ def test_what_the_actor_has_to_prepare(telemetry: bool) -> None:
     assert kl.needs_support and kl.support_size == K and kl.needs_support_log_probs and kl.policy_topk == 0
     apo = build_objective(ObjectiveConfig(support_telemetry=telemetry))
     assert not apo.needs_support_log_probs and apo.policy_topk == 0
+    for spec in POLICY_LOSSES.values():
+        assert ("policy_topk" in spec.needs) == (spec.policy_topk is not None)
 
 
 def test_sources_are_stated() -> None:
