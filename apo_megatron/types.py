@@ -85,6 +85,10 @@ class PaddedSequences:
         None  # [B, S, K] int32, -1 = excluded, padded or no reference
     )
     reference_anchor_log_mass: torch.Tensor | None = None  # [B, S] fp32, log Z; NaN where no reference
+    # [B, S, K] fp32, of the whole Top-K in its order: also where an id is -1 because it was excluded; -inf
+    # beyond the vocabulary, NaN where no reference. Only for losses that look at them.
+    reference_support_log_probs: torch.Tensor | None = None
+    solve_rates: torch.Tensor | None = None  # [B, S] fp32, of the prompt; only for losses that look at it
 
     @property
     def num_sequences(self) -> int:
@@ -129,4 +133,6 @@ class TrainedTokens:
     reference_log_probs: torch.Tensor | None = None
     reference_support_ids: torch.Tensor | None = None  # [T, K]
     reference_anchor_log_mass: torch.Tensor | None = None
+    reference_support_log_probs: torch.Tensor | None = None  # [T, K]
+    solve_rates: torch.Tensor | None = None
     split: ContextSplit | None = None  # None: this rank has all tokens of its micro-batch

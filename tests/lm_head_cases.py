@@ -72,7 +72,8 @@ def run_case(
     targets, temperature = case["targets"], case["temperature"]
     reference = lm_head_topk(hidden, weight, targets, case["k"], shard, temperature, tile=tile)
     num_topk = take_count()
-    terms = lm_head_policy_terms(hidden, weight, targets, case["support_ids"], shard, temperature, tile=tile)
+    ids = case["support_ids"], shard, temperature, case["extra_ids"]
+    terms = lm_head_policy_terms(hidden, weight, targets, *ids, tile=tile)
     num_forward = take_count()
     torch.autograd.backward(terms, case["grads"])
     return {

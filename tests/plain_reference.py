@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from tests.plain_losses import plain_loss
 from tests.plain_sequence_losses import PLAIN_SEQUENCE_LOSSES, plain_sequence_loss, plain_weights
+from tests.plain_top_tokens import TOP_TOKEN_LOSSES, Answer
 
 
 def run_plain(
@@ -105,6 +106,11 @@ def _sequence_loss(
         loss = torch.maximum(-advantage * ratio, -advantage * clipped)
     elif objective["loss_mode"] in PLAIN_SEQUENCE_LOSSES:
         loss = plain_sequence_loss(objective["loss_mode"], log_probs, old, advantage, objective)
+    elif objective["loss_mode"] in TOP_TOKEN_LOSSES:  # the old policy is the reference here
+        answer = Answer(
+            all_log_probs, reference, reference, targets, advantage, sequence.get("solve_rate", 0.0)
+        )
+        loss = TOP_TOKEN_LOSSES[objective["loss_mode"]](answer, objective)
     else:
         advantages = torch.full_like(old, advantage)
         loss = plain_loss(objective["loss_mode"], log_probs, old, advantages, objective)

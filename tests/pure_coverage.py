@@ -41,6 +41,7 @@ TESTS = (
     "policy_losses",
     "sequence_corrections",
     "sequence_losses",
+    "top_tokens",
     "weight_names",
     "weights",
 )

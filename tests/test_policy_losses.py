@@ -23,6 +23,7 @@ from apo_megatron.objectives import (
 )
 from tests.plain_losses import PLAIN_LOSSES, plain_loss
 from tests.plain_sequence_losses import PLAIN_SEQUENCE_LOSSES
+from tests.plain_top_tokens import TOP_TOKEN_LOSSES
 
 NAMES = tuple(PLAIN_LOSSES)
 # Every bound is reached by the tokens below.
@@ -252,7 +253,7 @@ def test_what_a_configuration_may_name_is_what_is_registered() -> None:
     modes = get_args(ObjectiveConfig.model_fields["loss_mode"].annotation)
     assert {*modes, "supervised"} == set(POLICY_LOSSES)
     # Each has a definition to be compared with.
-    assert {*NAMES, *PLAIN_SEQUENCE_LOSSES, "apo_ratio"} == set(modes)
+    assert {*NAMES, *PLAIN_SEQUENCE_LOSSES, *TOP_TOKEN_LOSSES, "apo_ratio"} == set(modes)
     corrections = get_args(ObjectiveConfig.model_fields["mismatch_correction"].annotation)
     assert set(corrections) == set(MISMATCH_CORRECTIONS)
 

@@ -32,7 +32,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 def first_rows(case: dict[str, Any], num_rows: int) -> dict[str, Any]:
     """The interpreter needs some milliseconds for each row and for each id of a Top-K."""
-    whole = {name: case[name][:num_rows] for name in ("logits", "targets", "support_ids")}
+    whole = {name: case[name][:num_rows] for name in ("logits", "targets", "support_ids", "extra_ids")}
     return {**case, **whole, "grads": [grad[:num_rows] for grad in case["grads"]]}
 
 

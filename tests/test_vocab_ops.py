@@ -20,16 +20,25 @@ from tests.distributed import run_distributed
 NAN, INF = float("nan"), float("inf")
 
 
-def reference_terms(logits: Tensor, targets: Tensor, support_ids: Tensor, temperature: float) -> PolicyTerms:
+def reference_terms(
+    logits: Tensor,
+    targets: Tensor,
+    support_ids: Tensor,
+    temperature: float,
+    extra_ids: Tensor | None = None,
+) -> PolicyTerms:
     """The definitions, with autograd; logits hold no padding."""
     log_probs = (logits / temperature).log_softmax(1)
+    extra_ids = targets.new_empty(len(targets), 0) if extra_ids is None else extra_ids
     support = log_probs.gather(1, support_ids.long().clamp(min=0)).masked_fill(support_ids < 0, -INF)
     is_empty = (support_ids < 0).all(1)
     # logsumexp has a NaN gradient where every entry is -inf: such rows get theirs from a detached constant.
     mass = torch.where(is_empty.unsqueeze(1), 0.0, support).logsumexp(1) if support.shape[1] else None
     anchor = log_probs.new_full((len(logits),), -INF) if mass is None else torch.where(is_empty, -INF, mass)
     entropy = -(log_probs.exp() * log_probs).sum(1)
-    return PolicyTerms(log_probs.gather(1, targets.long().unsqueeze(1)).squeeze(1), anchor, entropy)
+    sampled = log_probs.gather(1, targets.long().unsqueeze(1)).squeeze(1)
+    extra = log_probs.gather(1, extra_ids.clamp(min=0)).masked_fill(extra_ids < 0, -INF)
+    return PolicyTerms(sampled, anchor, entropy, extra)
 
 
 def reference_topk(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -48,6 +57,14 @@ def random_ids(num_rows: int, num_ids: int, vocab_size: int, generator: torch.Ge
     return ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.25, -1).int()
 
 
+def repeated_ids(targets: Tensor, support_ids: Tensor, vocab_size: int, seed: int) -> Tensor:
+    """[T, 5]: the target, an id of the support, any id and the same again, any id or none."""
+    generator = torch.Generator().manual_seed(seed)
+    one, other = torch.randint(vocab_size, (2, len(targets), 1), generator=generator)
+    other = other.masked_fill(torch.rand(other.shape, generator=generator) < 0.5, -1)
+    return torch.cat([targets.unsqueeze(1), support_ids[:, -1:].long(), one, one, other], 1)
+
+
 def make_case(
     num_rows: int = 7,
     vocab_size: int = 45,
@@ -61,7 +78,10 @@ def make_case(
     padding: float = NAN,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Row 0 has no support ids, row 1 has its target among them, row 2 does not; padding holds garbage."""
+    """Row 0 has no support ids, row 1 has its target among them, row 2 does not; padding holds garbage.
+
+    The gradients of what is absent are NaN.
+    """
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(num_rows, padded, generator=generator, dtype=torch.float64) * spread
     logits[:, vocab_size:] = padding
@@ -74,8 +94,12 @@ def make_case(
         support_ids[1, -1], targets[1] = 5, 5
         support_ids[1, :-1] = -1
         targets[2] = next(i for i in range(vocab_size) if i not in support_ids[2].tolist())
+    extra_ids = repeated_ids(targets, support_ids, vocab_size, seed)
+    grad = torch.randn(extra_ids.shape, generator=generator, dtype=torch.float64)
+    grads.append(grad.masked_fill(extra_ids < 0, NAN))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return {
+        "extra_ids": extra_ids,
         "logits": logits.to(dtype),
         "vocab_size": vocab_size,
         "targets": targets,
@@ -132,15 +156,22 @@ CASES: dict[str, dict[str, Any]] = {
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3}  # bf16: the gradient is rounded
 
 
+def finite_grads(case: dict[str, Any]) -> list[Tensor]:
+    """The gradients of the case in float64, 0 for what is absent."""
+    grads = [grad.double() for grad in case["grads"]]
+    grads[1] = grads[1].masked_fill((case["support_ids"] < 0).all(1), 0.0)
+    grads[3] = grads[3].masked_fill(case["extra_ids"] < 0, 0.0)
+    return grads
+
+
 def check_case(case: dict[str, Any], results: list[dict[str, Any]]) -> None:
     """results: the ranks of one group, ascending, as tests.workers.vocab_ops gives them."""
     dtype, vocab_size = case["logits"].dtype, case["vocab_size"]
     tolerance = TOLERANCE[dtype]
     whole = case["logits"][:, :vocab_size].double().requires_grad_()
-    expected = reference_terms(whole, case["targets"], case["support_ids"], case["temperature"])
-    is_empty = (case["support_ids"] < 0).all(1)
-    grads = [grad.double() for grad in case["grads"]]
-    grads[1] = grads[1].masked_fill(is_empty, 0.0)
+    ids = case["support_ids"], case["temperature"], case["extra_ids"]
+    expected = reference_terms(whole, case["targets"], *ids)
+    grads = finite_grads(case)
     usable = [(term, grad) for term, grad in zip(expected, grads, strict=True) if term.requires_grad]
     torch.autograd.backward([term for term, _ in usable], [grad for _, grad in usable])
     top_log_probs, top_ids = reference_topk(whole.detach(), case["k"], case["temperature"])
@@ -152,7 +183,8 @@ def check_case(case: dict[str, Any], results: list[dict[str, Any]]) -> None:
                 value.double(), term.detach(), rtol=3e-6, atol=tolerance / 10, msg=name
             )
         assert (result["terms"][0] <= 0).all() and (result["terms"][1] <= 0).all()
-        assert (result["terms"][2] >= 0).all()
+        assert (result["terms"][2] >= 0).all() and (result["terms"][3] <= 0).all()
+        assert torch.equal(result["terms"][3].isneginf(), case["extra_ids"] < 0)
         assert torch.equal(result["top_ids"], top_ids)
         torch.testing.assert_close(result["top_log_probs"].double(), top_log_probs, rtol=3e-6, atol=3e-6)
         values, ids, log_probs = result["reference"]
@@ -171,7 +203,7 @@ def run_alone(case: dict[str, Any]) -> dict[str, Any]:
     top_log_probs, top_ids = vocab_parallel_topk(logits, case["k"], shard, case["temperature"])
     reference = vocab_parallel_reference_terms(logits, case["targets"], case["k"], shard, case["temperature"])
     terms = vocab_parallel_policy_terms(
-        logits, case["targets"], case["support_ids"], shard, case["temperature"]
+        logits, case["targets"], case["support_ids"], shard, case["temperature"], case["extra_ids"]
     )
     torch.autograd.backward(terms, case["grads"])
     assert torch.equal(reference.log_probs, terms.log_probs)  # ratio 1 at theta = reference
@@ -208,7 +240,15 @@ def leaf_and_terms(**options: Any) -> tuple[Tensor, PolicyTerms]:
     case = make_case(**options)
     shard = VocabShard(0, case["logits"].shape[1], case["vocab_size"])
     logits = case["logits"].clone().requires_grad_()
-    return logits, vocab_parallel_policy_terms(logits, case["targets"], case["support_ids"], shard)
+    terms = vocab_parallel_policy_terms(
+        logits, case["targets"], case["support_ids"], shard, extra_ids=case["extra_ids"]
+    )
+    return logits, terms
+
+
+def plain_sum(terms: PolicyTerms, chosen: tuple[int, ...]) -> Tensor:
+    """Of the chosen terms, without what is absent."""
+    return torch.cat([terms[i].nan_to_num(neginf=0.0).flatten() for i in chosen]).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -219,14 +259,14 @@ def test_gradient_lies_in_the_storage_of_the_logits(dtype: torch.dtype) -> None:
     assert logits.grad.data_ptr() == logits.data_ptr()
 
 
-@pytest.mark.parametrize("chosen", [(0,), (1,), (2,), (0, 1), (1, 2)])
+@pytest.mark.parametrize("chosen", [(0,), (1,), (2,), (3,), (0, 1), (1, 2), (2, 3)])
 def test_terms_without_a_gradient_contribute_nothing(chosen: tuple[int, ...]) -> None:
     case = make_case()
     logits, terms = leaf_and_terms()
-    torch.stack([terms[i] for i in chosen]).nan_to_num(neginf=0.0).sum().backward()
+    plain_sum(terms, chosen).backward()
     whole = case["logits"][:, :45].clone().requires_grad_()
-    expected = reference_terms(whole, case["targets"], case["support_ids"], 1.0)
-    torch.stack([expected[i] for i in chosen]).nan_to_num(neginf=0.0).sum().backward()
+    expected = reference_terms(whole, case["targets"], case["support_ids"], 1.0, case["extra_ids"])
+    plain_sum(expected, chosen).backward()
     assert logits.grad is not None and whole.grad is not None
     torch.testing.assert_close(logits.grad[:, :45], whole.grad)
 
@@ -238,6 +278,30 @@ def test_empty_support_has_no_gradient(incoming: float) -> None:
     terms.anchor_log_mass.backward(torch.full_like(terms.anchor_log_mass, incoming))
     assert logits.grad is not None
     assert (logits.grad[0] == 0).all()
+
+
+@pytest.mark.parametrize("incoming", [NAN, INF, -INF, 1.0])
+def test_absent_extra_ids_have_no_gradient(incoming: float) -> None:
+    case = make_case()
+    logits, absent = case["logits"].clone().requires_grad_(), torch.full((7, 2), -1)
+    shard = VocabShard(0, 48, 45)
+    terms = vocab_parallel_policy_terms(logits, case["targets"], case["support_ids"], shard, extra_ids=absent)
+    assert terms.extra_log_probs.isneginf().all()
+    terms.extra_log_probs.backward(torch.full_like(terms.extra_log_probs, incoming))
+    assert logits.grad is not None and (logits.grad == 0).all()
+
+
+def test_the_other_terms_do_not_see_the_extra_ids() -> None:
+    """To the bit: APO's numbers are the same whether somebody looks at other tokens or not."""
+    case = CASES["fp32 wide"]
+    shard, found = VocabShard(0, 6004, 6001), []
+    for extra in (None, case["extra_ids"]):
+        logits = case["logits"].clone().requires_grad_()
+        terms = vocab_parallel_policy_terms(logits, case["targets"], case["support_ids"], shard, 0.7, extra)
+        torch.autograd.backward(terms[:3], case["grads"][:3])
+        assert logits.grad is not None
+        found.append([*terms[:3], logits.grad])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_log_prob_of_a_certain_token_is_not_positive() -> None:
@@ -254,9 +318,10 @@ def test_topk_and_policy_terms_agree_to_the_bit() -> None:
     shard = VocabShard(0, 6004, 6001)
     log_probs, ids = vocab_parallel_topk(case["logits"], 8, shard, 0.7)
     for slot in range(8):
-        terms = vocab_parallel_policy_terms(case["logits"], ids[:, slot], ids, shard, 0.7)
+        terms = vocab_parallel_policy_terms(case["logits"], ids[:, slot], ids, shard, 0.7, ids)
         assert torch.equal(terms.log_probs, log_probs[:, slot])
     assert torch.equal(terms.anchor_log_mass, log_probs.logsumexp(1))
+    assert torch.equal(terms.extra_log_probs, log_probs)
 
 
 def test_second_backward_is_refused() -> None:

@@ -216,6 +216,7 @@ class MegatronActor:
                 self.token_terms.reference,
                 topk=objective.support_size,
                 exclude_sampled=objective.exclude_sampled,
+                keep_log_probs=objective.needs_support_log_probs,
             ),
             progress,
         )
@@ -231,6 +232,10 @@ class MegatronActor:
                 filled["reference_support_ids"] = _at_tokens(results["support_ids"], mask, fill=-1)
                 filled["reference_anchor_log_mass"] = _at_tokens(
                     results["anchor_log_mass"], mask, fill=math.nan
+                )
+            if objective.needs_support_log_probs:
+                filled["reference_support_log_probs"] = _at_tokens(
+                    results["support_log_probs"], mask, fill=math.nan
                 )
         return sequences.with_fields(**filled), self._reduce(sums, sum_over_data_parallel)
 

@@ -30,6 +30,7 @@ from apo_megatron.parallel.vocab import (
     VocabShard,
     vocab_parallel_policy_terms,
     vocab_parallel_reference_terms,
+    vocab_parallel_topk,
 )
 from apo_megatron.types import TrainedTokens
 
@@ -56,16 +57,23 @@ class TokenTerms:
         return {"log_probs": self._policy_terms(output, tokens.targets, no_support).log_probs}
 
     def reference(
-        self, output: ModelOutput, tokens: TrainedTokens, topk: int, exclude_sampled: bool
+        self,
+        output: ModelOutput,
+        tokens: TrainedTokens,
+        topk: int,
+        exclude_sampled: bool,
+        keep_log_probs: bool = False,
     ) -> TokenResults:
         """What a token needs of the reference: log-prob, Top-K support and its log mass.
 
         The support ids are -1 where the sampled token was excluded or the vocabulary is smaller than K;
-        ``coverage`` is the reference mass of the whole Top-K (telemetry).
+        ``coverage`` is the reference mass of the whole Top-K (telemetry). With ``keep_log_probs`` also the
+        log-probs of the whole Top-K, [T, K].
         """
         if not topk:
             return self.log_probs(output, tokens)
         support_log_probs, ids, log_probs = self._reference_terms(output, tokens.targets, topk)
+        whole = {"support_log_probs": support_log_probs} if keep_log_probs else {}
         coverage = support_log_probs.exp().sum(-1)
         if exclude_sampled:
             is_sampled = ids == tokens.targets.unsqueeze(-1)
@@ -76,6 +84,7 @@ class TokenTerms:
             "support_ids": ids.to(torch.int32),
             "anchor_log_mass": torch.logsumexp(support_log_probs, dim=-1),
             "log_probs": log_probs,
+            **whole,
         }
 
     def loss(
@@ -84,7 +93,12 @@ class TokenTerms:
         """The weighted loss of the micro-batch (a sum of shares of the mini-batch's loss) and its metrics."""
         targets, support = tokens.targets, tokens.reference_support_ids
         support_ids = targets.new_empty(len(targets), 0) if support is None else support.long()
-        terms = self._policy_terms(output, targets, support_ids)
+        reference_ids = _whole_reference_topk(tokens)
+        policy_ids = self._topk(output, targets, objective.policy_topk)
+        terms = self._policy_terms(output, targets, support_ids, torch.cat([reference_ids, policy_ids], 1))
+        at_reference, at_own = terms.extra_log_probs.split(
+            [reference_ids.shape[1], policy_ids.shape[1]], dim=1
+        )
         # An id of -1 stands for the sampled token that was excluded from its own support.
         in_support = ((support_ids < 0) | (support_ids == targets.unsqueeze(-1))).any(dim=-1)
         old_log_probs = tokens.old_log_probs
@@ -99,6 +113,11 @@ class TokenTerms:
             reference_log_probs=tokens.reference_log_probs,
             rollout_log_probs=tokens.rollout_log_probs,
             sampled_in_support=None if support is None else in_support,
+            reference_topk_log_probs=tokens.reference_support_log_probs,
+            log_probs_at_reference_topk=at_reference if at_reference.shape[1] else None,
+            policy_topk_log_probs=at_own if at_own.shape[1] else None,
+            sampled_is_likeliest=policy_ids[:, 0] == targets if policy_ids.shape[1] else None,
+            solve_rates=tokens.solve_rates,
             sequences=self._whole_sequences(tokens) if "whole_sequences" in objective.needs else None,
         )
         return objective(inputs, tokens.loss_weights)
@@ -116,9 +135,13 @@ class TokenTerms:
 
         return WholeSequences(split.sequence_ids, gather, lambda values: values[split.places])
 
-    def _policy_terms(self, output: ModelOutput, targets: Tensor, support_ids: Tensor) -> PolicyTerms:
+    def _policy_terms(
+        self, output: ModelOutput, targets: Tensor, support_ids: Tensor, extra_ids: Tensor | None = None
+    ) -> PolicyTerms:
         if isinstance(output, Tensor):
-            return vocab_parallel_policy_terms(output, targets, support_ids, self.shard, self.temperature)
+            return vocab_parallel_policy_terms(
+                output, targets, support_ids, self.shard, self.temperature, extra_ids
+            )
         in_place = self.gradient_in_place and torch.is_grad_enabled()
         return lm_head_policy_terms(
             output.hidden,
@@ -127,13 +150,32 @@ class TokenTerms:
             support_ids,
             self.shard,
             self.temperature,
+            extra_ids,
             main_grad=output.weight.main_grad if in_place else None,  # type: ignore[attr-defined]
         )
+
+    def _topk(self, output: ModelOutput, targets: Tensor, k: int) -> Tensor:
+        """Ids [T, k] of the likeliest tokens, without a gradient and before the logits are consumed."""
+        if k == 0:
+            return targets.new_empty(len(targets), 0)
+        if isinstance(output, Tensor):
+            return vocab_parallel_topk(output, k, self.shard, self.temperature)[1]
+        return self._reference_terms(output, targets, k).topk_ids
 
     def _reference_terms(self, output: ModelOutput, targets: Tensor, k: int) -> ReferenceTerms:
         if isinstance(output, Tensor):
             return vocab_parallel_reference_terms(output, targets, k, self.shard, self.temperature)
         return lm_head_topk(output.hidden, output.weight, targets, k, self.shard, self.temperature)
+
+
+def _whole_reference_topk(tokens: TrainedTokens) -> Tensor:
+    """The ids [T, K] of the reference's Top-K with the sampled token in its place, where log-probs of it
+    were kept; else [T, 0]."""
+    ids, log_probs, targets = tokens.reference_support_ids, tokens.reference_support_log_probs, tokens.targets
+    if ids is None or log_probs is None:
+        return targets.new_empty(len(targets), 0)
+    is_excluded = (ids < 0) & ~log_probs.isneginf()  # -inf: beyond the vocabulary
+    return torch.where(is_excluded, targets.unsqueeze(1), ids.long())
 
 
 def run_forward(

@@ -26,6 +26,8 @@ from apo_megatron.config.policy_losses import (
     GSPOConfig,
     PolicyLossName,
     SAPOConfig,
+    SimKOConfig,
+    TopKForwardKLConfig,
     VESPOConfig,
 )
 from apo_megatron.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section, rule
@@ -101,6 +103,8 @@ class ObjectiveConfig(Section):
     gspo: GSPOConfig = GSPOConfig()
     ctpo: CTPOConfig = CTPOConfig()
     vespo: VESPOConfig = VESPOConfig()
+    simko: SimKOConfig = SimKOConfig()
+    topk_forward_kl: TopKForwardKLConfig = TopKForwardKLConfig()
 
     @rule
     def wrong_tokens_must_not_start_clipped(self) -> str | None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from apo_megatron.config.section import NonNegativeFloat, PositiveFloat, Section
+from apo_megatron.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 PolicyLossName = Literal[
     "apo_ratio",
@@ -23,6 +23,8 @@ PolicyLossName = Literal[
     "gspo",
     "ctpo",
     "vespo",
+    "simko",
+    "topk_forward_kl",
 ]
 
 
@@ -110,3 +112,28 @@ class VESPOConfig(Section):
     right_decay: PositiveFloat = Field(3.0, description="l where A > 0.")
     wrong_power: PositiveFloat = Field(3.0, description="k where A < 0.")
     wrong_decay: PositiveFloat = Field(2.0, description="l where A < 0.")
+
+
+class SimKOConfig(Section):
+    """`loss_mode: simko`. What happens at the uncertain tokens of an answer."""
+
+    topk: PositiveInt = Field(3, description="K: likeliest tokens of the policy that share an update.")
+    mix: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01, description="alpha, A > 0: share of the update that goes to these K tokens."
+    )
+    entropy_quantile: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.8, description="tau: tokens above this quantile of the entropies of their answer are uncertain."
+    )
+    wrong_top1_factor: PositiveFloat = Field(
+        1.1, description="A < 0: factor of A where the sampled token is the policy's likeliest."
+    )
+
+
+class TopKForwardKLConfig(Section):
+    """`loss_mode: topk_forward_kl`. A baseline of this project: forward KL on the reference's Top-K
+    (`apo_topk`)."""
+
+    weight: NonNegativeFloat = Field(0.05, description="Weight of the KL; 0 is vanilla.")
+    solve_rate_weighting: bool = Field(
+        True, description="Multiply the weight by (1 - share of right answers to the prompt)^2."
+    )

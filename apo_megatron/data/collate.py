@@ -6,6 +6,7 @@ mini-batches and the same denominators; a rank keeps only its own share of the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ import torch
 from apo_megatron.config.objective import ObjectiveConfig
 from apo_megatron.data.packing import deal
 from apo_megatron.objectives.aggregation import sequence_weights
-from apo_megatron.objectives.objective import ReferenceScope
+from apo_megatron.objectives.objective import ReferenceScope, build_objective
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.types import PaddedSequences, Sample, SampleGroup
 
@@ -28,6 +29,7 @@ class TrainingSequence:
     prompt_length: int
     advantage: float = 0.0
     rollout_log_probs: np.ndarray | None = None  # [L - prompt_length] float32
+    solve_rate: float | None = None  # share of right answers among those of its prompt that were judged
 
 
 @dataclass
@@ -77,15 +79,23 @@ def trained_samples(groups: Sequence[SampleGroup]) -> list[tuple[SampleGroup, Sa
 
 def trained_sequences(groups: Sequence[SampleGroup]) -> list[TrainingSequence]:
     """The sequences of ``trained_samples``, in that order."""
+    solve_rates = {id(group): _solve_rate(group) for group in groups}
     return [
         TrainingSequence(
             token_ids=np.concatenate([group.prompt.token_ids, sample.completion.token_ids]),
             prompt_length=len(group.prompt.token_ids),
             advantage=sample.advantage or 0.0,
             rollout_log_probs=sample.completion.log_probs,
+            solve_rate=solve_rates[id(group)],
         )
         for group, sample in trained_samples(groups)
     ]
+
+
+def _solve_rate(group: SampleGroup) -> float:
+    """The share of the judged answers that are right (reward 1 or more, unshaped); 0 where none is judged."""
+    rewards = [s.reward for s in group.samples if s.reward is not None and not math.isnan(s.reward)]
+    return sum(reward >= 1 for reward in rewards) / max(1, len(rewards))
 
 
 def make_batch(
@@ -118,6 +128,9 @@ def make_batch(
         padded.pop("rollout_log_probs")
     elif objective.old_log_probs == "rollout":
         padded["old_log_probs"] = padded["rollout_log_probs"]
+    if "solve_rates" in build_objective(objective).needs:
+        rates = torch.tensor([sequences[row].solve_rate for row in rows], dtype=torch.float32)
+        padded["solve_rates"] = rates.unsqueeze(1).expand_as(padded["loss_mask"])
     return Batch(
         sequences=PaddedSequences(**padded),
         mini_batch_sizes=tuple(len(part) for part in mine),

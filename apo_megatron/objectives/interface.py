@@ -17,7 +17,16 @@ from apo_megatron.config.objective import ObjectiveConfig
 from apo_megatron.objectives.sequences import WholeSequences
 
 # Per-token inputs that cost something and are computed only for a loss that declares them.
-Need = Literal["anchor", "reference_log_probs", "entropy_grad", "rollout_log_probs", "whole_sequences"]
+Need = Literal[
+    "anchor",
+    "reference_log_probs",
+    "entropy_grad",
+    "rollout_log_probs",
+    "whole_sequences",
+    "reference_topk",  # log pi_ref and log pi_theta at the reference's Top-K (apo_topk), on all tokens
+    "policy_topk",  # log pi_theta at its own Top-K, PolicyLossSpec.policy_topk of them
+    "solve_rates",
+]
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,13 @@ class LossInputs:
     rollout_log_probs: Tensor | None = None  # log pi_rollout(y), as the engine reported it
     sampled_in_support: Tensor | None = None  # [T] bool, y in M; means something only where A < 0
     sequences: WholeSequences | None = None  # for what ``sequences.py`` says of a token's whole sequence
+    # [T, K], by descending pi_ref, with y where it is among them; both -inf beyond the vocabulary.
+    reference_topk_log_probs: Tensor | None = None  # log pi_ref of its K likeliest tokens
+    log_probs_at_reference_topk: Tensor | None = None  # grad; log pi_theta of the same tokens
+    # [T, K], grad; log pi_theta of its own K likeliest tokens, descending; -inf beyond the vocabulary
+    policy_topk_log_probs: Tensor | None = None
+    sampled_is_likeliest: Tensor | None = None  # [T] bool, y is the first of the policy's Top-K
+    solve_rates: Tensor | None = None  # share of right answers to the prompt of the token
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,18 @@ class Objective:
     @property
     def needs_support(self) -> bool:
         """Whether the reference pass has to keep the anchor support, for the loss or for its telemetry."""
-        return "anchor" in self.needs or (self.spec.uses_rollouts and self.cfg.support_telemetry)
+        is_needed = bool(self.needs & {"anchor", "reference_topk"})
+        return is_needed or (self.spec.uses_rollouts and self.cfg.support_telemetry)
+
+    @property
+    def needs_support_log_probs(self) -> bool:
+        """Whether the reference pass has to keep log pi_ref of the whole support."""
+        return "reference_topk" in self.needs
 
     @property
     def reference_scope(self) -> ReferenceScope:
         """Which tokens need a reference pass: none, those with A < 0, or all."""
-        if self.cfg.use_kl_loss:
+        if self.cfg.use_kl_loss or self.needs_support_log_probs:
             return "all"
         return "wrong" if self.needs_support or self.needs_reference_log_probs else "none"
 
@@ -73,6 +79,11 @@ class Objective:
     def support_size(self) -> int:
         """K of the reference support; 0 where none is needed."""
         return self.cfg.apo_topk if self.needs_support else 0
+
+    @property
+    def policy_topk(self) -> int:
+        """K of the policy's own Top-K; 0 where none is needed."""
+        return 0 if self.spec.policy_topk is None else self.spec.policy_topk(self.cfg)
 
     @property
     def exclude_sampled(self) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from apo_megatron.config.objective import ObjectiveConfig
 from apo_megatron.objectives.interface import Need, PolicyLoss
 from apo_megatron.objectives.policy_losses.apo import apo_ratio
 from apo_megatron.objectives.policy_losses.clipped import dcpo_clip, gppo, sapo, vanilla
 from apo_megatron.objectives.policy_losses.sequence_level import ctpo, gspo, vespo
 from apo_megatron.objectives.policy_losses.supervised import supervised
+from apo_megatron.objectives.policy_losses.top_tokens import simko, topk_forward_kl
 from apo_megatron.objectives.policy_losses.weighted import cispo, dispo, dppo_tv
 
 
@@ -19,6 +22,7 @@ class PolicyLossSpec:
     function: PolicyLoss
     needs: frozenset[Need] = frozenset()
     uses_rollouts: bool = True  # false: demonstrations, so no old policy, no advantages, no reference
+    policy_topk: Callable[[ObjectiveConfig], int] | None = None  # K of the need "policy_topk"
 
 
 POLICY_LOSSES: dict[str, PolicyLossSpec] = {
@@ -33,5 +37,9 @@ POLICY_LOSSES: dict[str, PolicyLossSpec] = {
     "gspo": PolicyLossSpec(gspo, needs=frozenset({"whole_sequences"})),
     "ctpo": PolicyLossSpec(ctpo, needs=frozenset({"whole_sequences"})),
     "vespo": PolicyLossSpec(vespo, needs=frozenset({"whole_sequences"})),
+    "simko": PolicyLossSpec(
+        simko, frozenset({"policy_topk", "whole_sequences"}), policy_topk=lambda cfg: cfg.simko.topk
+    ),
+    "topk_forward_kl": PolicyLossSpec(topk_forward_kl, frozenset({"reference_topk", "solve_rates"})),
     "supervised": PolicyLossSpec(supervised, uses_rollouts=False),
 }

@@ -62,6 +62,19 @@ def position_in_sequence(values: Tensor, sequences: WholeSequences) -> Tensor:
     return _here(places - _first_places(sequences) + 1, values, sequences)
 
 
+@torch.no_grad()
+def sequence_quantile(values: Tensor, quantile: float, sequences: WholeSequences) -> Tensor:
+    """The ``quantile`` (0 to 1) over the token's sequence, interpolated as by ``torch.quantile``."""
+    everywhere = _everywhere(values, sequences)
+    starts, counts = _first_places(sequences), _totals(torch.ones_like(everywhere), sequences)
+    by_value = everywhere.argsort(stable=True)
+    ascending = everywhere[by_value[starts[by_value].argsort(stable=True)]]  # each sequence in its place
+    places = quantile * (counts - 1)
+    low, high = places.floor().long(), places.ceil().long()
+    found = torch.lerp(ascending[starts + low], ascending[starts + high], places - low)
+    return _here(found, values, sequences)
+
+
 def _everywhere(values: Tensor, sequences: WholeSequences) -> Tensor:
     return sequences.gather(values.detach()).double()
 

@@ -20,11 +20,13 @@ _LN_2 = math.log(2.0)
 
 
 class PolicyTerms(NamedTuple):
-    """What the objective reads of the policy; each [T] fp32 (float64 for float64 logits), on every rank."""
+    """What the objective reads of the policy; each [T] unless said otherwise, fp32 (float64 for float64
+    logits), on every rank."""
 
     log_probs: Tensor  # log pi(target), <= 0
     anchor_log_mass: Tensor  # log P, P = sum of pi over the support ids, <= 0; -inf where there are none
     entropy: Tensor  # of pi, nats, >= 0
+    extra_log_probs: Tensor  # [T, E], log pi of the extra ids, <= 0; -inf where absent
 
 
 class ReferenceTerms(NamedTuple):
@@ -36,21 +38,22 @@ class ReferenceTerms(NamedTuple):
 
 
 class ChosenColumns(NamedTuple):
-    """Where the target (column 0) and the support ids (the others) of each row lie on this rank."""
+    """Where the C = K + E support and extra ids of each row lie on this rank, and in column 0 the target."""
 
-    columns: Tensor  # [T, 1 + K] int64, local; 0 where it is on another rank or absent
-    is_local: Tensor  # [T, 1 + K] bool
-    is_absent: Tensor  # [T, K] bool, support only: not in the set
+    columns: Tensor  # [T, 1 + C] int64, local; 0 where it is on another rank or absent
+    is_local: Tensor  # [T, 1 + C] bool
+    is_absent: Tensor  # [T, C] bool, without the target: not in the set
 
 
 class SoftmaxRows(NamedTuple):
-    """What backward needs of each row; the first three and the last are in the compute dtype."""
+    """What backward needs of each row; what is not bool is in the compute dtype."""
 
     row_max: Tensor  # [T], of all ranks, base 2 as in RowStatistics
     sum_exp: Tensor  # [T], of all ranks
     mean_exponent: Tensor  # [T], of s under pi
     is_empty: Tensor  # [T] bool: no support
     shares: Tensor  # [T, K], pi(k) / P; 0 where absent
+    is_extra_absent: Tensor  # [T, E] bool
 
 
 class GradientRows(NamedTuple):
@@ -58,7 +61,7 @@ class GradientRows(NamedTuple):
 
     exp_coeff: Tensor  # [T]
     weighted_coeff: Tensor | None  # [T]; None where no gradient of the entropy is wanted
-    column_grads: Tensor  # [T, 1 + K]; 0 at columns of other ranks
+    column_grads: Tensor  # [T, 1 + C]; 0 at columns of other ranks
 
 
 def base_2_scale(temperature: float) -> float:
@@ -66,9 +69,9 @@ def base_2_scale(temperature: float) -> float:
     return 1.0 / (_LN_2 * temperature)
 
 
-def locate(targets: Tensor, support_ids: Tensor, shard: VocabShard) -> ChosenColumns:
-    """targets [T], support_ids [T, K]. Raises RuntimeError where a target is outside the vocabulary."""
-    ids = torch.cat([targets.unsqueeze(1), support_ids], 1).to(torch.int64)
+def locate(targets: Tensor, ids: Tensor, shard: VocabShard) -> ChosenColumns:
+    """targets [T], other ids [T, C]. Raises RuntimeError where a target is outside the vocabulary."""
+    ids = torch.cat([targets.unsqueeze(1), ids], 1).to(torch.int64)
     is_token = (ids >= 0) & (ids < shard.vocab_size)
     torch._assert_async(is_token[:, 0].all(), "a target lies outside the vocabulary")
     is_local = is_token & (ids >= shard.start) & (ids < shard.end)
@@ -82,13 +85,23 @@ def rescaled_sums(statistics: RowStatistics, row_max: Tensor) -> tuple[Tensor, T
     return shrink * statistics.sum_exp, shrink * (statistics.sum_weighted + shift * statistics.sum_exp)
 
 
+def support_and_extra(support_ids: Tensor, extra_ids: Tensor | None) -> Tensor:
+    """support_ids [T, K] and extra_ids [T, E] (None: E = 0) side by side, [T, K + E]."""
+    return support_ids if extra_ids is None else torch.cat([support_ids, extra_ids], 1)
+
+
 def policy_terms(
-    statistics: RowStatistics, chosen: Tensor, is_absent: Tensor, shard: VocabShard, temperature: float
+    statistics: RowStatistics,
+    chosen: Tensor,
+    is_absent: Tensor,
+    num_support: int,
+    shard: VocabShard,
+    temperature: float,
 ) -> tuple[PolicyTerms, SoftmaxRows]:
     """The terms of the whole vocabulary: an all-reduce of the row maxima and one of sums and chosen logits.
 
-    statistics are of this rank's columns; chosen [T, 1 + K] holds logits in compute dtype, 0 where the column
-    is on another rank.
+    statistics are of this rank's columns; chosen [T, 1 + C] holds logits in compute dtype, 0 where the column
+    is on another rank. The first ``num_support`` (K) of the C ids are the support.
     """
     row_max, sum_exp, sum_weighted = statistics
     if shard.world > 1:
@@ -100,14 +113,17 @@ def policy_terms(
 
     log2_sum, mean_exponent = sum_exp.log2(), sum_weighted / sum_exp
     log_probs = log_probs_of(chosen, row_max, sum_exp, temperature)
+    is_absent, is_extra_absent = is_absent[:, :num_support], is_absent[:, num_support:]
     is_empty = is_absent.all(1)
-    anchor_log_mass = log_probs[:, 1:].masked_fill(is_absent, -math.inf).logsumexp(1).clamp_(max=0.0)
+    target, support, extra = log_probs.tensor_split([1, 1 + num_support], 1)
+    anchor_log_mass = support.masked_fill(is_absent, -math.inf).logsumexp(1).clamp_(max=0.0)
     # pi(k) / P is a softmax over the support alone, exact however small P is.
-    shares = (chosen[:, 1:] / temperature).masked_fill_(is_absent, -math.inf).softmax(1)
+    shares = (chosen[:, 1 : 1 + num_support] / temperature).masked_fill_(is_absent, -math.inf).softmax(1)
     shares = shares.masked_fill_(is_absent, 0.0)  # an empty support gave NaN
     entropy = (log2_sum - mean_exponent).mul_(_LN_2).clamp_(min=0.0)
-    terms = PolicyTerms(log_probs[:, 0].clone(), anchor_log_mass, entropy)
-    return terms, SoftmaxRows(row_max, sum_exp, mean_exponent, is_empty, shares)
+    extra_log_probs = extra.masked_fill(is_extra_absent, -math.inf)
+    terms = PolicyTerms(target.squeeze(1).clone(), anchor_log_mass, entropy, extra_log_probs)
+    return terms, SoftmaxRows(row_max, sum_exp, mean_exponent, is_empty, shares, is_extra_absent)
 
 
 def log_probs_of(logits: Tensor, row_max: Tensor, sum_exp: Tensor, temperature: float) -> Tensor:
@@ -122,11 +138,14 @@ def gradient_rows(
     grad_log_probs: Tensor | None,
     grad_anchor: Tensor | None,
     grad_entropy: Tensor | None,
+    grad_extra: Tensor | None,
     temperature: float,
 ) -> GradientRows:
-    """d/d logit_v of g_y log pi(y) + g_P log P + g_H H, as coefficients of 2^s, of 2^s * s, and at columns.
+    """d/d logit_v of g_y log pi(y) + g_P log P + g_H H + sum_e g_e log pi(e), as coefficients of 2^s, of
+    2^s * s, and at columns.
 
-    (g_y (1[v = y] - pi_v) + g_P (1[v in S] pi_v / P - pi_v) - g_H pi_v (log pi_v + H)) / temperature
+    (g_y (1[v = y] - pi_v) + g_P (1[v in S] pi_v / P - pi_v) - g_H pi_v (log pi_v + H)
+     + sum_e g_e (1[v = e] - pi_v)) / temperature
     """
     zeros = torch.zeros_like(rows.row_max)
     grad_target = zeros if grad_log_probs is None else grad_log_probs
@@ -137,7 +156,13 @@ def gradient_rows(
     if grad_entropy is not None:  # log pi + H = ln 2 * (s - mean_exponent)
         exp_coeff += grad_entropy * rows.mean_exponent * _LN_2
         weighted_coeff = -grad_entropy * _LN_2 * per_exp
-    column_grads = torch.cat([grad_target.unsqueeze(1), grad_support.unsqueeze(1) * rows.shares], 1)
+    grads = [grad_target.unsqueeze(1), grad_support.unsqueeze(1) * rows.shares]
+    if grad_extra is None:
+        grads.append(torch.zeros_like(rows.is_extra_absent, dtype=zeros.dtype))
+    else:
+        grads.append(grad_extra.masked_fill(rows.is_extra_absent, 0.0))
+        exp_coeff -= grads[-1].sum(1)
+    column_grads = torch.cat(grads, 1)
     column_grads = column_grads.div_(temperature).masked_fill_(~is_local, 0.0)
     return GradientRows(exp_coeff * per_exp, weighted_coeff, column_grads)
 

@@ -8,7 +8,7 @@ product sums. It costs one matrix product more than they do and is for logits th
 Tiles run over the rows within a block of columns, so the gradient of a block of the weight is complete
 before the next begins and needs an fp32 accumulator of the size of the block only.
 
-Shapes: T token rows, H hidden size, V padded vocabulary columns, p ranks, K support tokens.
+Shapes: T token rows, H hidden size, V padded vocabulary columns, p ranks, K support tokens, E extra tokens.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from apo_megatron.parallel._vocab_terms import (
     locate,
     policy_terms,
     rescaled_sums,
+    support_and_extra,
     topk_log_probs,
 )
 from apo_megatron.parallel.vocab_shard import VocabShard
@@ -58,6 +59,7 @@ def lm_head_policy_terms(
     support_ids: Tensor,
     shard: VocabShard,
     temperature: float = 1.0,
+    extra_ids: Tensor | None = None,
     *,
     main_grad: Tensor | None = None,
     tile: TileSize | None = None,
@@ -67,8 +69,8 @@ def lm_head_policy_terms(
     hidden [T, H], the same on every rank of the group; weight [V/p, H], this rank's rows of the output layer
     (or of the embedding where they are tied); both in one dtype, fp32, bf16 or float64. Logits are rounded to
     that dtype, everything after them is fp32 (float64 for float64). targets [T], support_ids [T, K],
-    temperature and errors as in ``vocab_parallel_policy_terms``; T may be 0 on every rank of the group.
-    ``tile``: default by device.
+    temperature, extra_ids [T, E] and errors as in ``vocab_parallel_policy_terms``; T may be 0 on every rank
+    of the group. ``tile``: default by device.
 
     Collectives over the group: two all-reduces of a few numbers a row in the forward; in the backward one of
     the gradient of hidden [T, H], in fp32 (float64 for float64). That gradient is then **complete on every
@@ -90,8 +92,9 @@ def lm_head_policy_terms(
         assert main_grad.shape == weight.shape and main_grad.dtype == compute_dtype(weight), (
             f"main_grad {tuple(main_grad.shape)} {main_grad.dtype} does not suit weight {tuple(weight.shape)}"
         )
+    ids, num_support = support_and_extra(support_ids, extra_ids), support_ids.shape[1]
     return PolicyTerms(
-        *_LMHeadTerms.apply(hidden, weight, targets, support_ids, shard, temperature, main_grad, tile)
+        *_LMHeadTerms.apply(hidden, weight, targets, ids, num_support, shard, temperature, main_grad, tile)
     )
 
 
@@ -140,13 +143,14 @@ class _LMHeadTerms(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        support_ids: Tensor,
+        ids: Tensor,
+        num_support: int,
         shard: VocabShard,
         temperature: float,
         main_grad: Tensor | None,
         tile: TileSize | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        chosen_columns = locate(targets, support_ids, shard)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        chosen_columns = locate(targets, ids, shard)
         scale = base_2_scale(temperature)
         nothing = hidden[:, :0]
         statistics = row_functions(nothing).row_statistics(nothing, scale)  # of no column yet
@@ -157,7 +161,9 @@ class _LMHeadTerms(torch.autograd.Function):
                 _keep_chosen(chosen, logits, chosen_columns, rows, columns)
                 found = row_functions(logits).row_statistics(logits, scale)
                 _merge_statistics(statistics, found, rows)
-        terms, softmax_rows = policy_terms(statistics, chosen, chosen_columns.is_absent, shard, temperature)
+        terms, softmax_rows = policy_terms(
+            statistics, chosen, chosen_columns.is_absent, num_support, shard, temperature
+        )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, *chosen_columns, *softmax_rows)
         ctx.shard, ctx.temperature, ctx.main_grad, ctx.tile = shard, temperature, main_grad, tile
@@ -165,7 +171,11 @@ class _LMHeadTerms(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, grad_log_probs: Tensor | None, grad_anchor: Tensor | None, grad_entropy: Tensor | None
+        ctx: Any,
+        grad_log_probs: Tensor | None,
+        grad_anchor: Tensor | None,
+        grad_entropy: Tensor | None,
+        grad_extra: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """Makes each tile again, turns it into its gradient and multiplies that with both factors."""
         if torch.is_grad_enabled():
@@ -175,7 +185,13 @@ class _LMHeadTerms(torch.autograd.Function):
         hidden, weight, *saved = ctx.saved_tensors
         chosen_columns, softmax_rows = ChosenColumns(*saved[:3]), SoftmaxRows(*saved[3:])
         exp_coeff, weighted_coeff, column_grads = gradient_rows(
-            softmax_rows, chosen_columns.is_local, grad_log_probs, grad_anchor, grad_entropy, ctx.temperature
+            softmax_rows,
+            chosen_columns.is_local,
+            grad_log_probs,
+            grad_anchor,
+            grad_entropy,
+            grad_extra,
+            ctx.temperature,
         )
         dtype, scale = compute_dtype(hidden), base_2_scale(ctx.temperature)
         tiles = _Tiles(hidden, weight, ctx.shard, ctx.tile)
@@ -203,7 +219,7 @@ class _LMHeadTerms(torch.autograd.Function):
         if ctx.shard.world > 1:
             dist.all_reduce(grad_hidden, group=ctx.shard.group)
         returned = grad_weight if ctx.main_grad is None else None
-        return grad_hidden.to(hidden.dtype), returned, None, None, None, None, None, None
+        return grad_hidden.to(hidden.dtype), returned, *[None] * 7
 
 
 class _Tiles:
@@ -248,14 +264,14 @@ def _pieces(num: int, size: int) -> Iterator[slice]:
 
 
 def _in_block(chosen: ChosenColumns, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-    """Positions [rows, 1 + K] of the chosen columns in a block, 0 where outside, and whether inside."""
+    """Positions [rows, 1 + C] of the chosen columns in a block, 0 where outside, and whether inside."""
     positions = chosen.columns[rows] - columns.start
     is_inside = chosen.is_local[rows] & (positions >= 0) & (positions < columns.stop - columns.start)
     return positions.masked_fill_(~is_inside, 0), is_inside
 
 
 def _keep_chosen(kept: Tensor, logits: Tensor, chosen: ChosenColumns, rows: slice, columns: slice) -> None:
-    """Copy the chosen logits of a tile to ``kept`` [T, 1 + K]."""
+    """Copy the chosen logits of a tile to ``kept`` [T, 1 + C]."""
     positions, is_inside = _in_block(chosen, rows, columns)
     kept[rows] = torch.where(is_inside, logits.gather(1, positions).to(kept.dtype), kept[rows])
 

@@ -72,7 +72,7 @@ def _run_case(case: dict[str, Any], shard: VocabShard, counter: CountCollectives
     reference = vocab_parallel_reference_terms(local, case["targets"], case["k"], shard, case["temperature"])
     num_reference = counter.take()
     terms = vocab_parallel_policy_terms(
-        local, case["targets"], case["support_ids"], shard, case["temperature"]
+        local, case["targets"], case["support_ids"], shard, case["temperature"], case["extra_ids"]
     )
     num_forward = counter.take()
     torch.autograd.backward(terms, case["grads"])
