@@ -30,7 +30,7 @@ from apo_megatron.parallel.vocab import (
     vocab_parallel_policy_terms,
     vocab_parallel_reference_terms,
 )
-from apo_megatron.types import TrainedTokens
+from apo_megatron.types import OUTSIDE_SUPPORT, TrainedTokens
 
 ModelOutput = Tensor | LMHeadInput  # logits [T, V/p], or what they are made of
 TokenResults = dict[str, Tensor]
@@ -53,16 +53,26 @@ class TokenTerms:
         return {"log_probs": self._policy_terms(output, tokens.targets, no_support).log_probs}
 
     def reference(
-        self, output: ModelOutput, tokens: TrainedTokens, topk: int, exclude_sampled: bool
+        self,
+        output: ModelOutput,
+        tokens: TrainedTokens,
+        topk: int,
+        exclude_sampled: bool,
+        support_mass: float | None = None,
     ) -> TokenResults:
         """What a token needs of the reference: log-prob, Top-K support and its log mass.
 
-        The support ids are -1 where the sampled token was excluded or the vocabulary is smaller than K;
-        ``coverage`` is the reference mass of the whole Top-K (telemetry).
+        With ``support_mass`` the support M is the smallest prefix of the Top-K with at least that mass. The
+        support ids are -1 where the sampled token was excluded from M or the vocabulary is smaller than K,
+        ``OUTSIDE_SUPPORT`` behind that prefix; ``coverage`` is the reference mass of M (telemetry).
         """
         if not topk:
             return self.log_probs(output, tokens)
         support_log_probs, ids, log_probs = self._reference_terms(output, tokens.targets, topk)
+        if support_mass is not None:
+            is_cut = _behind_mass(support_log_probs, support_mass)
+            ids = ids.masked_fill(is_cut, OUTSIDE_SUPPORT)
+            support_log_probs = support_log_probs.masked_fill(is_cut, float("-inf"))
         coverage = support_log_probs.exp().sum(-1)
         if exclude_sampled:
             is_sampled = ids == tokens.targets.unsqueeze(-1)
@@ -83,7 +93,7 @@ class TokenTerms:
         support_ids = targets.new_empty(len(targets), 0) if support is None else support.long()
         terms = self._policy_terms(output, targets, support_ids)
         # An id of -1 stands for the sampled token that was excluded from its own support.
-        in_support = ((support_ids < 0) | (support_ids == targets.unsqueeze(-1))).any(dim=-1)
+        in_support = ((support_ids == -1) | (support_ids == targets.unsqueeze(-1))).any(dim=-1)
         old_log_probs = tokens.old_log_probs
         inputs = LossInputs(
             log_probs=terms.log_probs,
@@ -117,6 +127,15 @@ class TokenTerms:
         if isinstance(output, Tensor):
             return vocab_parallel_reference_terms(output, targets, k, self.shard, self.temperature)
         return lm_head_topk(output.hidden, output.weight, targets, k, self.shard, self.temperature)
+
+
+def _behind_mass(log_probs: Tensor, mass: float) -> Tensor:
+    """[T, K] bool: which of ``log_probs`` [T, K], in descending order, come after ``mass`` has been reached.
+
+    Never the first. Padding (-inf) does, where there is any: by then the vocabulary has come to its end.
+    """
+    probs = log_probs.double().exp()
+    return (probs.cumsum(-1) - probs >= mass) | log_probs.isneginf()
 
 
 def run_forward(

@@ -92,7 +92,8 @@ def pull_metrics(inputs: LossInputs, cfg: ObjectiveConfig) -> Metrics:
     """``pull_fraction``: the share of the tokens with A < 0 on which the pull of APO acted.
 
     It acts on a token where the gradient of its policy loss with respect to log P is not zero: A < 0,
-    pull_coeff > 0, S is not empty (a > 0), r~ is inside the clip range, and the mismatch weight is not 0.
+    pull_coeff > 0, S is not empty (a > 0), r~ is inside the clip range, and the mismatch weight is not 0. On
+    none where ``apo_variants.detach_pull`` leaves it no gradient.
     """
     assert inputs.anchor_log_mass is not None and inputs.reference_anchor_log_mass is not None
     is_wrong = inputs.advantages < 0
@@ -106,4 +107,5 @@ def pull_metrics(inputs: LossInputs, cfg: ObjectiveConfig) -> Metrics:
     if cfg.mismatch_correction != "none":
         assert inputs.rollout_log_probs is not None
         is_pulled &= mismatch_weights(inputs.old_log_probs, inputs.rollout_log_probs, cfg) != 0
-    return {PULL_FRACTION: TokenMetric(is_pulled & (cfg.apo_pull_coeff > 0), is_wrong)}
+    has_pull = cfg.apo_pull_coeff > 0 and not cfg.apo_variants.detach_pull
+    return {PULL_FRACTION: TokenMetric(is_pulled & has_pull, is_wrong)}
