@@ -121,7 +121,7 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     (
         RLConfig,
         "wrong_tokens_must_not_start_clipped",
-        ["objective.apo_variants={final_pull_coeff: 0.3, schedule_steps: 10}"],
+        ["objective.apo_variants.final_pull_coeff=0.3", "objective.apo_variants.schedule_steps=10"],
         ["objective:", "= 0.75", "apo_variants moves them to 1.05 and 0.3", "(0.8, 1.28)"],
     ),
     (
@@ -133,7 +133,7 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     (
         RLConfig,
         "adapted_pull_starts_inside_its_bounds",
-        ["objective.apo_variants={target_anchor_ratio: 1.0, min_pull_coeff: 0.11}"],
+        ["objective.apo_variants.target_anchor_ratio=1.0", "objective.apo_variants.min_pull_coeff=0.11"],
         ["objective:", "apo_pull_coeff=0.1", "min_pull_coeff=0.11", "max_pull_coeff=0.2"],
     ),
     (
@@ -152,7 +152,9 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
         RLConfig,
         "pull_is_scheduled_or_adapted",
         [
-            "objective.apo_variants={final_pull_coeff: 0.1, schedule_steps: 10, target_anchor_ratio: 1.0}",
+            "objective.apo_variants.final_pull_coeff=0.1",
+            "objective.apo_variants.schedule_steps=10",
+            "objective.apo_variants.target_anchor_ratio=1.0",
         ],
         ["objective.apo_variants:", "final_pull_coeff=0.1", "target_anchor_ratio=1.0"],
     ),

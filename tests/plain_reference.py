@@ -99,7 +99,8 @@ def _sequence_loss(
         top_probs, variants = reference.exp().gather(-1, top), objective.get("apo_variants", {})
         if "support_mass" in variants:
             keep &= top_probs.cumsum(-1) - top_probs < variants["support_mass"]
-        anchor = (all_log_probs.exp().gather(-1, top) * keep).sum(-1) / (top_probs * keep).sum(-1)
+        reference_mass = (top_probs * keep).sum(-1) + ~keep.any(-1)  # nothing is kept: 0 / 1
+        anchor = (all_log_probs.exp().gather(-1, top) * keep).sum(-1) / reference_mass
         anchor = anchor.detach() if variants.get("detach_pull") else anchor
         ratio = objective["apo_push_coeff"] * ratio - objective["apo_pull_coeff"] * anchor
     if objective["loss_mode"] in ("apo_ratio", "vanilla"):
