@@ -123,7 +123,7 @@ def test_optimizer_parts_that_count_in_parameter_groups_share_their_step() -> No
 
 @pytest.mark.gpu
 def test_a_resumed_actor_on_the_gpu_starts_from_the_state_of_the_save(payload: dict[str, Any]) -> None:
-    cases = [{"layout": DP2, "dtype": "bfloat16", "updates_before": 1, "async_save": True}]
+    cases = [{"layout": DP2, "dtype": "bfloat16", "updates_before": 1, "async_save": True, "decay": 0.8}]
     payload["cases"] = cases
     (result,) = run_distributed(1, "tests.workers.checkpoints:save_and_resume", payload, use_gpu=True)[0]
     assert result["same_draw"] and result["difference_loaded"] == 0.0

@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "final_push_coeff": 1.03,
         "schedule_steps": 5,
         "reference_decay": 0.7,
+        "support_mass": 0.5,
     },
     "cp2": {},
 }

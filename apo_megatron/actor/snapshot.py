@@ -54,7 +54,8 @@ class AveragedWeights(WeightSnapshot):
     def update(self) -> None:
         """average <- decay * average + (1 - decay) * parameter."""
         for parameter, average in self.averages:
-            average.lerp_(parameter.detach().to("cpu", torch.float32), 1 - self._decay)
+            current = parameter.detach().cpu().float()  # in this order: no fp32 copy on the device
+            average.lerp_(current, 1 - self._decay)
         self.refresh()
 
     @torch.no_grad()
