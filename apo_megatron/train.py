@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.actor.checkpointer import Checkpointer, Stateful
 from apo_megatron.actor.micro_batches import MicroBatchSize
+from apo_megatron.actor.snapshot import WeightSnapshot
 from apo_megatron.config import RLConfig
 from apo_megatron.data.collate import make_batch, trained_sequences
-from apo_megatron.objectives.objective import build_objective
+from apo_megatron.objectives.moving_coefficients import MovingObjective
+from apo_megatron.objectives.objective import Objective, build_objective
 from apo_megatron.parallel.state import init_parallel
 from apo_megatron.rollout.build import build_engine
 from apo_megatron.rollout.groups import assign_advantages, group_metrics
@@ -45,11 +47,12 @@ def train(cfg: RLConfig) -> None:
             weight_bucket_bytes=cfg.rollout.bucket_mib * 2**20,
         )
         objective = build_objective(cfg.objective)
-        reference = digest = None
-        if objective.reference_scope != "none":  # pi_ref, before anything is resumed
-            reference, digest = actor.snapshot(), weights_digest(actor.weight_source(), parallel)
+        moving = MovingObjective(objective)
+        reference, digest = _reference(actor, objective)  # pi_ref, before anything is resumed
         sampler = GroupSampler(engine, data.prompts, data.reward, cfg, parallel)
         parts: dict[str, Stateful] = {"data": data.prompts, "rollout": sampler}
+        if moving.is_stateful:
+            parts["objective"] = moving
         checkpointer = Checkpointer(run.checkpoint_folder, cfg, actor, parts, digest)
         version = start = run.resume(checkpointer)  # policy version: one more with each step that trains
         sync = WeightSync(cfg.rollout, actor, engine, sampler, data.prompts)
@@ -59,6 +62,7 @@ def train(cfg: RLConfig) -> None:
 
         num_samples = cfg.data.prompts_per_step * cfg.rollout.group_size // parallel.world
         for step in range(start, cfg.train.num_steps):
+            objective = moving.at(step)
             with run.phase("weight sync"):
                 metrics = sync.push(version)
             with run.phase("rollout", num_samples) as advance:
@@ -89,8 +93,10 @@ def train(cfg: RLConfig) -> None:
                         actor.update(part, objective, advance, batch.pulled.append)
                         for part in batch.mini_batches()
                     ]
+                    actor.update_average()
                 metrics |= mean_metrics(updates)
                 version += 1
+            metrics |= moving.finish_step(step, metrics)
             run.save_samples(step, samples, batch)
             if run.is_due(cfg.evaluation.interval, step):
                 metrics |= evaluator.metrics(version)
@@ -98,6 +104,15 @@ def train(cfg: RLConfig) -> None:
 
         run.finish(checkpointer, actor)  # first: the evaluation may take hours, and a time limit ends it
         evaluator.run("final", version)
+
+
+def _reference(actor: MegatronActor, objective: Objective) -> tuple[WeightSnapshot | None, str | None]:
+    """What ``objective`` compares with, and its digest where a run that goes on reads it again."""
+    if objective.reference_scope == "none":
+        return None, None
+    if objective.reference_decay is not None:  # it comes out of the checkpoint
+        return actor.start_average(objective.reference_decay), None
+    return actor.snapshot(), weights_digest(actor.weight_source(), actor.parallel)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

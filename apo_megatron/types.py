@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "abort"]
 
+# In the ids of a reference support: a token of the Top-K that Top-P left out of M.
+OUTSIDE_SUPPORT = -2
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -82,7 +85,7 @@ class PaddedSequences:
     reference_log_probs: torch.Tensor | None = None  # [B, S] fp32
     # What the reference pass keeps of a token: 4 * (K + 1) bytes, nothing of size V.
     reference_support_ids: torch.Tensor | None = (
-        None  # [B, S, K] int32, -1 = excluded, padded or no reference
+        None  # [B, S, K] int32, -1 = excluded, padded or no reference, OUTSIDE_SUPPORT = cut by Top-P
     )
     reference_anchor_log_mass: torch.Tensor | None = None  # [B, S] fp32, log Z; NaN where no reference
     # [B, S, K] fp32, of the whole Top-K in its order: also where an id is -1 because it was excluded; -inf

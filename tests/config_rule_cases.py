@@ -120,6 +120,46 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
+        "wrong_tokens_must_not_start_clipped",
+        ["objective.apo_variants.final_pull_coeff=0.3", "objective.apo_variants.schedule_steps=10"],
+        ["objective:", "= 0.75", "apo_variants moves them to 1.05 and 0.3", "(0.8, 1.28)"],
+    ),
+    (
+        RLConfig,
+        "variants_are_those_of_apo",
+        ["objective.loss_mode=sapo", "objective.apo_variants.detach_pull=true"],
+        ["objective:", "apo_variants (detach_pull)", "loss_mode=sapo", "loss_mode=apo_ratio"],
+    ),
+    (
+        RLConfig,
+        "adapted_pull_starts_inside_its_bounds",
+        ["objective.apo_variants.target_anchor_ratio=1.0", "objective.apo_variants.min_pull_coeff=0.11"],
+        ["objective:", "apo_pull_coeff=0.1", "min_pull_coeff=0.11", "max_pull_coeff=0.2"],
+    ),
+    (
+        RLConfig,
+        "schedule_has_start_and_end",
+        ["objective.apo_variants.schedule_steps=10"],
+        ["objective.apo_variants:", "schedule_steps=10", "final_push_coeff", "final_pull_coeff"],
+    ),
+    (
+        RLConfig,
+        "schedule_has_start_and_end",
+        ["objective.apo_variants.final_pull_coeff=0.05"],
+        ["objective.apo_variants:", "schedule_steps=null", "an end value"],
+    ),
+    (
+        RLConfig,
+        "pull_is_scheduled_or_adapted",
+        [
+            "objective.apo_variants.final_pull_coeff=0.1",
+            "objective.apo_variants.schedule_steps=10",
+            "objective.apo_variants.target_anchor_ratio=1.0",
+        ],
+        ["objective.apo_variants:", "final_pull_coeff=0.1", "target_anchor_ratio=1.0"],
+    ),
+    (
+        RLConfig,
         "dual_clip_is_above_the_clip_range",
         ["objective.dual_clip=1.28"],
         ["objective:", "dual_clip=1.28", "clip_high"],

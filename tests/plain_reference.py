@@ -98,9 +98,13 @@ def _sequence_loss(
     if objective["loss_mode"] == "apo_ratio" and advantage < 0:
         top = reference.topk(objective["apo_topk"], dim=-1).indices
         keep = top != targets[:, None]  # exclusive anchoring
-        mass = (all_log_probs.exp().gather(-1, top) * keep).sum(-1)
-        reference_mass = (reference.exp().gather(-1, top) * keep).sum(-1)
-        ratio = objective["apo_push_coeff"] * ratio - objective["apo_pull_coeff"] * mass / reference_mass
+        top_probs, variants = reference.exp().gather(-1, top), objective.get("apo_variants", {})
+        if "support_mass" in variants:
+            keep &= top_probs.cumsum(-1) - top_probs < variants["support_mass"]
+        reference_mass = (top_probs * keep).sum(-1) + ~keep.any(-1)  # nothing is kept: 0 / 1
+        anchor = (all_log_probs.exp().gather(-1, top) * keep).sum(-1) / reference_mass
+        anchor = anchor.detach() if variants.get("detach_pull") else anchor
+        ratio = objective["apo_push_coeff"] * ratio - objective["apo_pull_coeff"] * anchor
     if objective["loss_mode"] in ("apo_ratio", "vanilla"):
         clipped = ratio.clamp(1 - objective["clip_low"], 1 + objective["clip_high"])
         loss = torch.maximum(-advantage * ratio, -advantage * clipped)

@@ -25,6 +25,7 @@ TESTS = (
     "advantage_estimators",
     "advantages",
     "answers",
+    "apo_variants",
     "bootstrap",
     "comparison",
     "hf_config",

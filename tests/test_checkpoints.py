@@ -22,40 +22,48 @@ PP2: dict[str, Any] = {"pipeline_parallel_size": 2}
 CP2: dict[str, Any] = {"context_parallel_size": 2}
 WHOLE = {"distributed_optimizer": False}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+# With a "decay" there is a moving average of the weights beside them.
 CASES: list[dict[str, Any]] = [
     {"layout": DP2, "dtype": "float32", "updates_before": 1, "async_save": True},
     {"layout": WHOLE, "dtype": "float32", "updates_before": 0},
-    {"layout": TP2, "dtype": "bfloat16", "updates_before": 1},
+    {"layout": TP2, "dtype": "bfloat16", "updates_before": 1, "decay": 0.8},
     {"layout": PP2_VPP2, "dtype": "float32", "updates_before": 1},
-    {"layout": PP2_VPP2 | WHOLE, "dtype": "float32", "updates_before": 1, "async_save": True},
-    {"layout": DP2, "other_layout": TP2, "dtype": "float32", "updates_before": 2},
+    {"layout": PP2_VPP2 | WHOLE, "dtype": "float32", "updates_before": 1, "async_save": True, "decay": 0.8},
+    {"layout": DP2, "other_layout": TP2, "dtype": "float32", "updates_before": 2, "decay": 0.8},
     {
         "layout": TP2 | {"sequence_parallel": True},
         "other_layout": PP2,
         "dtype": "float32",
         "updates_before": 2,
+        "decay": 0.8,
     },
     {"layout": PP2, "other_layout": PP2_VPP2, "dtype": "float32", "updates_before": 1},
-    {"layout": PP2_VPP2 | WHOLE, "other_layout": TP2 | WHOLE, "dtype": "float32", "updates_before": 1},
+    {
+        "layout": PP2_VPP2 | WHOLE,
+        "other_layout": TP2 | WHOLE,
+        "dtype": "float32",
+        "updates_before": 1,
+        "decay": 0.8,
+    },
     {"layout": TP2, "other_layout": DP2, "dtype": "bfloat16", "updates_before": 1},
-    {"layout": CP2 | OVERLAP, "dtype": "bfloat16", "updates_before": 1, "async_save": True},
+    {"layout": CP2 | OVERLAP, "dtype": "bfloat16", "updates_before": 1, "async_save": True, "decay": 0.8},
     {"layout": DP2 | OVERLAP, "other_layout": CP2, "dtype": "float32", "updates_before": 2},
 ]
 
 EP2: dict[str, Any] = {"expert_parallel_size": 2}
 EXPERT_CASES: list[dict[str, Any]] = [
-    {"layout": EP2, "dtype": "float32", "updates_before": 1},
+    {"layout": EP2, "dtype": "float32", "updates_before": 1, "decay": 0.8},
     {"layout": EP2 | WHOLE, "dtype": "float32", "updates_before": 0},
     {"layout": EP2, "other_layout": DP2, "dtype": "float32", "updates_before": 1},
-    {"layout": PP2, "other_layout": EP2, "dtype": "float32", "updates_before": 1},
+    {"layout": PP2, "other_layout": EP2, "dtype": "float32", "updates_before": 1, "decay": 0.8},
     {"layout": DP2 | WHOLE, "other_layout": EP2 | WHOLE, "dtype": "float32", "updates_before": 1},
 ]
 # The first of two stages has no experts.
 DENSE_STAGE_CASES: list[dict[str, Any]] = [
     {"layout": PP2, "dtype": "float32", "updates_before": 1},
     {"layout": PP2 | WHOLE, "dtype": "float32", "updates_before": 1},
-    {"layout": PP2 | WHOLE, "dtype": "bfloat16", "updates_before": 1},
-    {"layout": PP2, "other_layout": EP2, "dtype": "float32", "updates_before": 1},
+    {"layout": PP2 | WHOLE, "dtype": "bfloat16", "updates_before": 1, "decay": 0.8},
+    {"layout": PP2, "other_layout": EP2, "dtype": "float32", "updates_before": 1, "decay": 0.8},
     {"layout": EP2, "other_layout": PP2, "dtype": "float32", "updates_before": 1},
     {"layout": PP2 | WHOLE, "other_layout": EP2 | WHOLE, "dtype": "float32", "updates_before": 1},
 ]
@@ -115,7 +123,7 @@ def test_optimizer_parts_that_count_in_parameter_groups_share_their_step() -> No
 
 @pytest.mark.gpu
 def test_a_resumed_actor_on_the_gpu_starts_from_the_state_of_the_save(payload: dict[str, Any]) -> None:
-    cases = [{"layout": DP2, "dtype": "bfloat16", "updates_before": 1, "async_save": True}]
+    cases = [{"layout": DP2, "dtype": "bfloat16", "updates_before": 1, "async_save": True, "decay": 0.8}]
     payload["cases"] = cases
     (result,) = run_distributed(1, "tests.workers.checkpoints:save_and_resume", payload, use_gpu=True)[0]
     assert result["same_draw"] and result["difference_loaded"] == 0.0

@@ -61,6 +61,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "dppo_tv": {"dppo": {"max_increase": 1e-4, "max_decrease": 1e-4, "max_weight": 1.01}},
     }.items()
 }
+APO_VARIANTS: dict[str, dict[str, Any]] = {
+    f"apo_ratio:{name}": {**LOSSES["apo_ratio"], "apo_variants": {name: value}}
+    for name, value in (("detach_pull", True), ("support_mass", 0.05))
+}
 METHOD_LAYOUTS = ("one", "tp2", "pp2")
 AGGREGATIONS: dict[str, dict[str, Any]] = {
     "token-mean": {"loss_aggregation": "token-mean"},
@@ -116,7 +120,7 @@ def _cases(world: int) -> list[dict[str, Any]]:
             layout = {**LAYOUTS[name], "distributed_optimizer": False}
             cases += [
                 {**_case(name), "layout": layout, "micro_batch_size": next(sizes), **_method(method)}
-                for method in METHODS
+                for method in (*METHODS, *APO_VARIANTS)
             ]
         next(sizes)  # shift, so that sizes and objectives meet in other pairs on the next layout
     if world == 2:
@@ -125,7 +129,7 @@ def _cases(world: int) -> list[dict[str, Any]]:
 
 
 def _method(name: str) -> dict[str, Any]:
-    objective = {**DEFAULTS, **METHODS[name], **AGGREGATIONS["token-mean"]}
+    objective = {**DEFAULTS, **(METHODS | APO_VARIANTS)[name], **AGGREGATIONS["token-mean"]}
     return {"objective": objective, "reference": name}
 
 
@@ -158,7 +162,7 @@ def expected(payload: dict[str, Any]) -> dict[str, dict[str, Any]]:
         f"{loss}:{aggregation}": {**DEFAULTS, **LOSSES[loss], **AGGREGATIONS[aggregation]}
         for loss, aggregation in itertools.product(LOSSES, AGGREGATIONS)
     }
-    objectives |= {name: _method(name)["objective"] for name in METHODS}
+    objectives |= {name: _method(name)["objective"] for name in (*METHODS, *APO_VARIANTS)}
     return {
         reference: run_plain(
             payload["model_path"],

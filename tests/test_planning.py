@@ -186,6 +186,8 @@ def test_state_of_a_7b_model(tmp_path: Path) -> None:
     assert planned(whole, world=4).stages[0].optimizer == 12 * number
     (single,) = planned(config(path, model={"hf_path": str(path), "dtype": "float32"})).stages
     assert (single.weights, single.gradients, single.optimizer) == (4 * number, 4 * number, 8 * number)
+    averaged = config(path, objective={"apo_variants": {"reference_decay": 0.99}})
+    assert [planned(c).rollout.reference for c in (config(path), averaged)] == [2 * number, 6 * number]
 
 
 def test_flops_are_six_per_parameter_and_token(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2": {"context_parallel_size": 2},
     "pp2": {"pipeline_parallel_size": 2},
 }
+# What moves from step to step: a schedule, a state in state.json, and a reference in the shards.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dp2": {
+        "target_anchor_ratio": 0.9,
+        "adaptation_rate": 0.5,
+        "final_push_coeff": 1.03,
+        "schedule_steps": 5,
+        "reference_decay": 0.7,
+        "support_mass": 0.5,
+    },
+    "cp2": {},
+}
 OTHER_LAYOUT = {"dp2": "tp2", "cp2": "pp2"}
 
 
@@ -36,7 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _config(folder: Path, name: str, layout: str, **checkpoint: Any) -> dict[str, Any]:
+def _config(
+    folder: Path, name: str, layout: str, variants: dict[str, Any] | None = None, **checkpoint: Any
+) -> dict[str, Any]:
     return {
         "model": {"hf_path": str(folder / "model"), "dtype": "float32", "make_vocab_size_divisible_by": 8},
         "data": {"train_path": str(folder / "prompts.jsonl"), "prompts_per_step": 4, "max_prompt_length": 16},
@@ -48,7 +64,7 @@ def _config(folder: Path, name: str, layout: str, **checkpoint: Any) -> dict[str
         },
         "parallel": LAYOUTS[layout],
         "rollout": {"group_size": 4, "max_new_tokens": 5},
-        "objective": {"loss_mode": "apo_ratio"},
+        "objective": {"loss_mode": "apo_ratio", "apo_variants": variants or {}},
         "optimizer": {"lr": 2e-3, "lr_warmup_steps": 4, "lr_decay_style": "cosine", "adam_eps": 1e-4},
         "evaluation": {
             "data_path": str(folder / "prompts.jsonl"),
@@ -77,10 +93,11 @@ def _assert_same_rollouts(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("layout", OTHER_LAYOUT)
 def test_three_steps_and_three_in_new_processes_equal_six(folder: Path, layout: str) -> None:
+    variants = VARIANTS[layout]
     straight, halves, moved = f"{layout}_straight", f"{layout}_halves", f"{layout}_moved"
     first = [
-        {"config": _config(folder, straight, layout)},
-        {"config": _config(folder, halves, layout), "stop_in": STOP_IN},
+        {"config": _config(folder, straight, layout, variants)},
+        {"config": _config(folder, halves, layout, variants), "stop_in": STOP_IN},
     ]
     target = "tests.workers.resume:run_all"
     whole, begun = run_distributed(2, target, {"runs": first})[0]
@@ -94,7 +111,7 @@ def test_three_steps_and_three_in_new_processes_equal_six(folder: Path, layout: 
     assert [path.name for path in sorted(saved.parent.iterdir())] == ["latest", "step_000003"]
     shutil.copytree(folder / halves, folder / moved)
 
-    again = [{"config": _config(folder, halves, layout, resume="auto")}]
+    again = [{"config": _config(folder, halves, layout, variants, resume="auto")}]
     resumed = run_distributed(2, target, {"runs": again})[0][0]
     assert resumed["ended"] == ""
     _assert_same_rollouts(begun["rollouts"] + resumed["rollouts"], whole["rollouts"])
@@ -105,10 +122,26 @@ def test_three_steps_and_three_in_new_processes_equal_six(folder: Path, layout: 
     evaluations = [json.loads((folder / n / "evaluation_final.json").read_text()) for n in (halves, straight)]
     assert evaluations[0] == evaluations[1]
 
-    elsewhere = [{"config": _config(folder, moved, OTHER_LAYOUT[layout], resume="auto")}]
+    elsewhere = [{"config": _config(folder, moved, OTHER_LAYOUT[layout], variants, resume="auto")}]
     assert run_distributed(2, target, {"runs": elsewhere})[0][0]["ended"] == ""
     for name, value in _weights(folder / moved).items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5)
+    if variants:
+        _assert_coefficients_moved(repeatable_metrics(folder / straight), variants)
+        last = json.loads((folder / halves / "checkpoints" / "step_000006" / "state.json").read_text())
+        # The reference comes out of the checkpoint, and nothing shows that another model is the same.
+        assert last["reference"] is None and "model.hf_path" in last["settings"]
+
+
+def _assert_coefficients_moved(rows: list[dict[str, Any]], variants: dict[str, Any]) -> None:
+    end, num_steps = variants["final_push_coeff"], variants["schedule_steps"]
+    push = [1.05 + (end - 1.05) * min(step / num_steps, 1.0) for step in range(NUM_STEPS)]
+    assert [row["apo/push_coeff"] for row in rows] == pytest.approx(push, rel=1e-12)
+    assert rows[0]["apo/pull_coeff"] == 0.1 and len({row["apo/pull_coeff"] for row in rows}) == NUM_STEPS
+    for row, following in itertools.pairwise(rows):
+        error = 1 - row["apo/anchor_mass_ratio"] / variants["target_anchor_ratio"]
+        expected = row["apo/pull_coeff"] * math.exp(variants["adaptation_rate"] * error)
+        assert following["apo/pull_coeff"] == pytest.approx(min(max(expected, 0.01), 0.2), rel=1e-12)
 
 
 def test_resuming_where_there_is_no_checkpoint_starts_anew(folder: Path) -> None:

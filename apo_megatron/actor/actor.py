@@ -28,7 +28,7 @@ from apo_megatron.actor.forward_step import (
 from apo_megatron.actor.micro_batches import MicroBatchSize, split_into_micro_batches
 from apo_megatron.actor.offload import TrainingStateOffload
 from apo_megatron.actor.optimizer import build_optimizer, build_scheduler
-from apo_megatron.actor.snapshot import WeightSnapshot
+from apo_megatron.actor.snapshot import AveragedWeights, WeightSnapshot
 from apo_megatron.config.schema import ModelConfig, OptimizerConfig
 from apo_megatron.data.collate import make_scoring_batch
 from apo_megatron.models.build import build_policy_model
@@ -107,6 +107,7 @@ class MegatronActor:
             sum_over_context=partial(sum_over_context_parallel, parallel=parallel),
         )
         self.consecutive_skips = self.most_consecutive_skips = 0  # updates that were not finite
+        self.averaged_weights: AveragedWeights | None = None  # saved and loaded with the weights
         self._weights_are_complete = True
         self._weight_source = WeightSource(models, self.architecture, parallel, weight_bucket_bytes)
 
@@ -136,6 +137,22 @@ class MegatronActor:
         """A host copy of this rank's weights as they are now."""
         self.complete_weights()
         return WeightSnapshot(p for chunk in self.model_chunks for p in chunk.parameters())
+
+    def start_average(self, decay: float) -> AveragedWeights:
+        """A moving average of the weights, which starts from them as they are now.
+
+        From here on it is part of the actor's checkpoints.
+        """
+        self.complete_weights()
+        parameters = (p for chunk in self.model_chunks for p in chunk.parameters())
+        self.averaged_weights = AveragedWeights(parameters, decay)
+        return self.averaged_weights
+
+    def update_average(self) -> None:
+        """Take the weights as they are now into their moving average; no effect where there is none."""
+        if self.averaged_weights is not None:
+            self.complete_weights()
+            self.averaged_weights.update()
 
     def weights_from(self, snapshot: WeightSnapshot) -> AbstractContextManager[None]:
         """The model holds ``snapshot``'s weights inside the block."""
@@ -217,6 +234,7 @@ class MegatronActor:
                 topk=objective.support_size,
                 exclude_sampled=objective.exclude_sampled,
                 keep_log_probs=objective.needs_support_log_probs,
+                support_mass=objective.support_mass,
             ),
             progress,
         )

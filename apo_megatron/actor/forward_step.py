@@ -32,7 +32,7 @@ from apo_megatron.parallel.vocab import (
     vocab_parallel_reference_terms,
     vocab_parallel_topk,
 )
-from apo_megatron.types import TrainedTokens
+from apo_megatron.types import OUTSIDE_SUPPORT, TrainedTokens
 
 ModelOutput = Tensor | LMHeadInput  # logits [T, V/p], or what they are made of
 TokenResults = dict[str, Tensor]
@@ -62,18 +62,24 @@ class TokenTerms:
         tokens: TrainedTokens,
         topk: int,
         exclude_sampled: bool,
+        support_mass: float | None = None,
         keep_log_probs: bool = False,
     ) -> TokenResults:
         """What a token needs of the reference: log-prob, Top-K support and its log mass.
 
-        The support ids are -1 where the sampled token was excluded or the vocabulary is smaller than K;
-        ``coverage`` is the reference mass of the whole Top-K (telemetry). With ``keep_log_probs`` also the
-        log-probs of the whole Top-K, [T, K].
+        With ``support_mass`` the support M is the smallest prefix of the Top-K with at least that mass. The
+        support ids are -1 where the sampled token was excluded from M or the vocabulary is smaller than K,
+        ``OUTSIDE_SUPPORT`` behind that prefix; ``coverage`` is the reference mass of M (telemetry). With
+        ``keep_log_probs`` also the log-probs of the whole Top-K, [T, K].
         """
         if not topk:
             return self.log_probs(output, tokens)
         support_log_probs, ids, log_probs = self._reference_terms(output, tokens.targets, topk)
         whole = {"support_log_probs": support_log_probs} if keep_log_probs else {}
+        if support_mass is not None:
+            is_cut = _behind_mass(support_log_probs, support_mass)
+            ids = ids.masked_fill(is_cut, OUTSIDE_SUPPORT)
+            support_log_probs = support_log_probs.masked_fill(is_cut, float("-inf"))
         coverage = support_log_probs.exp().sum(-1)
         if exclude_sampled:
             is_sampled = ids == tokens.targets.unsqueeze(-1)
@@ -100,7 +106,7 @@ class TokenTerms:
             [reference_ids.shape[1], policy_ids.shape[1]], dim=1
         )
         # An id of -1 stands for the sampled token that was excluded from its own support.
-        in_support = ((support_ids < 0) | (support_ids == targets.unsqueeze(-1))).any(dim=-1)
+        in_support = ((support_ids == -1) | (support_ids == targets.unsqueeze(-1))).any(dim=-1)
         old_log_probs = tokens.old_log_probs
         inputs = LossInputs(
             log_probs=terms.log_probs,
@@ -174,8 +180,17 @@ def _whole_reference_topk(tokens: TrainedTokens) -> Tensor:
     ids, log_probs, targets = tokens.reference_support_ids, tokens.reference_support_log_probs, tokens.targets
     if ids is None or log_probs is None:
         return targets.new_empty(len(targets), 0)
-    is_excluded = (ids < 0) & ~log_probs.isneginf()  # -inf: beyond the vocabulary
+    is_excluded = (ids == -1) & ~log_probs.isneginf()  # -inf: beyond the vocabulary
     return torch.where(is_excluded, targets.unsqueeze(1), ids.long())
+
+
+def _behind_mass(log_probs: Tensor, mass: float) -> Tensor:
+    """[T, K] bool: which of ``log_probs`` [T, K], in descending order, come after ``mass`` has been reached.
+
+    Never the first. Padding (-inf) does, where there is any: by then the vocabulary has come to its end.
+    """
+    probs = log_probs.double().exp()
+    return (probs.cumsum(-1) - probs >= mass) | log_probs.isneginf()
 
 
 def run_forward(

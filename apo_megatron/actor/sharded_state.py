@@ -1,7 +1,8 @@
-"""Model and optimizer in Megatron's distributed checkpoint format: written on threads, read back.
+"""Model, optimizer and moving average in Megatron's distributed checkpoint format.
 
-Megatron's own writer forks processes off the rank and starts one more that outlives a killed rank. Threads
-need no fork in a process that runs gloo or CUDA, end with the rank, and report their errors.
+They are written on threads and read back. Megatron's own writer forks processes off the rank and starts one
+more that outlives a killed rank. Threads need no fork in a process that runs gloo or CUDA, end with the rank,
+and report their errors.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    make_sharded_optimizer_tensor,
+)
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
@@ -26,6 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from apo_megatron.actor.actor import MegatronActor
 from apo_megatron.actor.adam_state import initialise_adam_state, load_optimizer_state
+from apo_megatron.actor.snapshot import AveragedWeights
 from apo_megatron.errors import CheckpointError
 from apo_megatron.weights.formats.torch_dist_format import COMMON_FILE
 
@@ -136,6 +142,10 @@ def load_sharded_state(actor: MegatronActor, folder: Path) -> None:
         extra = {name: None for name in model.state_dict() if name.endswith("_extra_state")}
         model.load_state_dict(loaded[f"model{index}"] | extra, strict=True)
     load_optimizer_state(actor.optimizer, loaded["optimizer"])
+    if actor.averaged_weights is not None:
+        for number, (_, average) in enumerate(actor.averaged_weights.averages):
+            average.copy_(loaded["average"][number])
+        actor.averaged_weights.refresh()
 
 
 def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
@@ -147,9 +157,10 @@ def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
         _, state[f"model{index}"] = extract_matching_values(
             everything, lambda value: isinstance(value, ShardedObject)
         )
+    models = dict(state)
     # The optimizer looks through all chunks; merged they would overwrite each other's local layer names.
     state["optimizer"] = actor.optimizer.sharded_state_dict(
-        dict(state), is_loading=is_loading, metadata=dict(_SHARDING)
+        models, is_loading=is_loading, metadata=dict(_SHARDING)
     )
     for part in (state["optimizer"], *state["optimizer"].values()):  # one optimizer, or several by number
         if isinstance(part, dict):
@@ -157,12 +168,29 @@ def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
                 del part["param_state"]  # of a rank that gathers nothing; Megatron warns of the difference
             if not any(part.get("fp32_from_fp16_params", [True])):
                 del part["fp32_from_fp16_params"]  # empty lists do not merge with those of another stage
+    if actor.averaged_weights is not None:
+        state["average"] = _sharded_average(actor.averaged_weights, models)
     return state
+
+
+def _sharded_average(averaged: AveragedWeights, models: dict[str, Any]) -> dict[int, Any]:
+    """The moving average in the shards of the parameters, as Megatron does with what belongs to one each.
+
+    By number of the parameter on this rank; ``models`` are the sharded states of the chunks.
+    """
+    parameters, averages = zip(*averaged.averages, strict=True)
+    sharded = get_param_id_to_sharded_param_map(models, parameters)
+    return {
+        number: make_sharded_optimizer_tensor(sharded[number], average, prefix="average")
+        for number, average in enumerate(averages)
+    }
 
 
 def _storages(actor: MegatronActor) -> set[int]:
     """Addresses of the memory that updates change in place."""
     tensors = [p for chunk in actor.model_chunks for p in (*chunk.parameters(), *chunk.module.buffers())]
+    if actor.averaged_weights is not None:
+        tensors += [average for _, average in actor.averaged_weights.averages]
     for part in getattr(actor.optimizer, "chained_optimizers", [actor.optimizer]):
         tensors += [p for group in part.optimizer.param_groups for p in group["params"]]
         tensors += [

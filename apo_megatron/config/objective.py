@@ -17,6 +17,7 @@ from apo_megatron.config.advantages import (
     WReinforceConfig,
 )
 from apo_megatron.config.policy_losses import (
+    APOVariantsConfig,
     CISPOConfig,
     CTPOConfig,
     DCPOConfig,
@@ -105,18 +106,62 @@ class ObjectiveConfig(Section):
     vespo: VESPOConfig = VESPOConfig()
     simko: SimKOConfig = SimKOConfig()
     topk_forward_kl: TopKForwardKLConfig = TopKForwardKLConfig()
+    apo_variants: APOVariantsConfig = APOVariantsConfig()
 
     @rule
     def wrong_tokens_must_not_start_clipped(self) -> str | None:
         """With `apo_ratio`, `apo_push_coeff` - `apo_pull_coeff` (where a wrong token's ratio starts) must lie
-        inside (1 - `clip_low`, 1 + `clip_high`): outside it there is no gradient."""
-        start = self.apo_push_coeff - self.apo_pull_coeff
+        inside (1 - `clip_low`, 1 + `clip_high`): outside it there is no gradient. So must those at the end of
+        a schedule and at both bounds of an adapted pull."""
+        if self.loss_mode != "apo_ratio":
+            return None
         low, high = 1 - self.clip_low, 1 + self.clip_high
-        if self.loss_mode == "apo_ratio" and not low + _ROUNDING < start < high - _ROUNDING:
+        for push, pull in self._extreme_coefficients():
+            if not low + _ROUNDING < push - pull < high - _ROUNDING:
+                moved = (push, pull) != (self.apo_push_coeff, self.apo_pull_coeff)
+                where = f" (apo_variants moves them to {push:.4g} and {pull:.4g})" if moved else ""
+                return (
+                    f"apo_push_coeff - apo_pull_coeff = {push - pull:.4g}{where} lies outside the clip range "
+                    f"({low:.4g}, {high:.4g}) given by clip_low and clip_high: every wrong token would start "
+                    "clipped, without a gradient. Bring the difference closer to 1, or widen the clip range"
+                )
+        return None
+
+    def _extreme_coefficients(self) -> list[tuple[float, float]]:
+        """(push, pull) between which those of a run lie: they move linearly, or the pull within bounds."""
+        variants, start = self.apo_variants, (self.apo_push_coeff, self.apo_pull_coeff)
+        final_push = variants.final_push_coeff or start[0]
+        if variants.target_anchor_ratio is not None:
+            bounds = (variants.min_pull_coeff, variants.max_pull_coeff)
+            return [start, *((push, pull) for push in (start[0], final_push) for pull in bounds)]
+        return [
+            start,
+            (final_push, start[1] if variants.final_pull_coeff is None else variants.final_pull_coeff),
+        ]
+
+    @rule
+    def variants_are_those_of_apo(self) -> str | None:
+        """`apo_variants` is for `loss_mode` = apo_ratio; with any other it must be left out."""
+        given = sorted(self.apo_variants.model_fields_set)
+        if self.loss_mode != "apo_ratio" and self.apo_variants != APOVariantsConfig():
             return (
-                f"apo_push_coeff - apo_pull_coeff = {start:.4g} lies outside the clip range "
-                f"({low:.4g}, {high:.4g}) given by clip_low and clip_high: every wrong token would start "
-                "clipped, without a gradient. Bring the difference closer to 1, or widen the clip range"
+                f"apo_variants ({', '.join(given)}) with loss_mode={self.loss_mode}, which has no anchor: "
+                "leave apo_variants out, or set loss_mode=apo_ratio"
+            )
+        return None
+
+    @rule
+    def adapted_pull_starts_inside_its_bounds(self) -> str | None:
+        """With `apo_variants.target_anchor_ratio`, `apo_pull_coeff` must lie between `min_pull_coeff` and
+        `max_pull_coeff` of `apo_variants`, and these must differ."""
+        variants = self.apo_variants
+        low, high = variants.min_pull_coeff, variants.max_pull_coeff
+        if variants.target_anchor_ratio is not None and not (
+            low < high and low <= self.apo_pull_coeff <= high
+        ):
+            return (
+                f"apo_pull_coeff={self.apo_pull_coeff} is to be adapted between apo_variants.min_pull_coeff="
+                f"{low} and max_pull_coeff={high}: it must lie there, and they must differ"
             )
         return None
 

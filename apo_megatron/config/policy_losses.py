@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from apo_megatron.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from apo_megatron.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section, rule
 
 PolicyLossName = Literal[
     "apo_ratio",
@@ -137,3 +137,54 @@ class TopKForwardKLConfig(Section):
     solve_rate_weighting: bool = Field(
         True, description="Multiply the weight by (1 - share of right answers to the prompt)^2."
     )
+
+
+class APOVariantsConfig(Section):
+    """`loss_mode: apo_ratio`. Changes to APO for research, all off by default: docs/methods.md, Variants."""
+
+    detach_pull: bool = Field(False, description="The anchor ratio only gates: no gradient through it.")
+    final_push_coeff: PositiveFloat | None = Field(
+        None, description="Where lambda ends that starts at apo_push_coeff."
+    )
+    final_pull_coeff: NonNegativeFloat | None = Field(
+        None, description="Where beta ends that starts at apo_pull_coeff."
+    )
+    schedule_steps: PositiveInt | None = Field(
+        None, description="Steps from start to end, linearly; constant afterwards."
+    )
+    target_anchor_ratio: PositiveFloat | None = Field(
+        None, description="Adapt beta to hold (mean P) / (mean Z) there; 1 = the reference's mass."
+    )
+    adaptation_rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="Adapted beta: change of log beta for a relative error of 1."
+    )
+    min_pull_coeff: PositiveFloat = Field(0.01, description="Adapted beta: smallest value.")
+    max_pull_coeff: PositiveFloat = Field(0.2, description="Adapted beta: largest value.")
+    support_mass: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Top-P: the support is the smallest prefix of the Top-K of so much reference mass."
+    )
+    reference_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="The reference follows the policy: d * reference + (1 - d) * policy a step."
+    )
+
+    @rule
+    def schedule_has_start_and_end(self) -> str | None:
+        """`schedule_steps` goes with `final_push_coeff`, `final_pull_coeff` or both; neither without it."""
+        has_end = self.final_push_coeff is not None or self.final_pull_coeff is not None
+        if has_end != (self.schedule_steps is not None):
+            return (
+                f"schedule_steps={'null' if self.schedule_steps is None else self.schedule_steps} with "
+                f"{'an end value' if has_end else 'neither final_push_coeff nor final_pull_coeff'}: a "
+                "schedule needs both a number of steps and an end; give both, or leave both out"
+            )
+        return None
+
+    @rule
+    def pull_is_scheduled_or_adapted(self) -> str | None:
+        """`final_pull_coeff` and `target_anchor_ratio` exclude each other: both would move beta."""
+        if self.final_pull_coeff is not None and self.target_anchor_ratio is not None:
+            return (
+                f"final_pull_coeff={self.final_pull_coeff} and target_anchor_ratio="
+                f"{self.target_anchor_ratio} both move apo_pull_coeff: leave one of them out"
+            )
+        return None

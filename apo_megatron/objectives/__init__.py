@@ -16,6 +16,7 @@ from apo_megatron.objectives.diagnostics import MetricSums
 from apo_megatron.objectives.interface import LossInputs, LossOutputs, TokenMetric
 from apo_megatron.objectives.kl import kl_k1, kl_k2, kl_k3
 from apo_megatron.objectives.mismatch import mismatch_metrics, mismatch_weights
+from apo_megatron.objectives.moving_coefficients import MovingObjective
 from apo_megatron.objectives.objective import Objective, build_objective, supervised_objective
 from apo_megatron.objectives.ratios import anchor_ratio, importance_ratio, rectified_ratio
 from apo_megatron.objectives.registry import POLICY_LOSSES, PolicyLossSpec
@@ -31,6 +32,7 @@ __all__ = [
     "LossInputs",
     "LossOutputs",
     "MetricSums",
+    "MovingObjective",
     "Objective",
     "PolicyLossSpec",
     "TokenMetric",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -89,6 +89,21 @@ class Objective:
     def exclude_sampled(self) -> bool:
         """Whether the sampled token is left out of its anchor support (exclusive anchoring)."""
         return self.cfg.apo_exclude_sampled
+
+    @property
+    def support_mass(self) -> float | None:
+        """Reference mass at which the support ends (Top-P within the Top-K); None: it is the whole Top-K."""
+        return self.cfg.apo_variants.support_mass
+
+    @property
+    def reference_decay(self) -> float | None:
+        """Of the moving average that the reference is; None: it stays what it was at the start."""
+        return self.cfg.apo_variants.reference_decay
+
+    def with_coefficients(self, push_coeff: float, pull_coeff: float) -> Objective:
+        """The same objective with other coefficients of APO."""
+        moved = {"apo_push_coeff": push_coeff, "apo_pull_coeff": pull_coeff}
+        return replace(self, cfg=self.cfg.model_copy(update=moved))
 
     def __call__(self, inputs: LossInputs, weights: Tensor) -> tuple[Tensor, dict[str, TokenMetric]]:
         """This micro-batch's share of the mini-batch's loss, and its metrics.

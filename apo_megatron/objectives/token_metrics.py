@@ -92,7 +92,8 @@ def pull_metrics(inputs: LossInputs, cfg: ObjectiveConfig, corrections: Tensor |
 
     It acts on a token where the gradient of its policy loss with respect to log P is not zero: A < 0,
     pull_coeff > 0, S is not empty (a > 0), r~ is inside the clip range, and its loss is not multiplied by 0:
-    ``corrections`` of ``mismatch.policy_loss_weights``.
+    ``corrections`` of ``mismatch.policy_loss_weights``. On none where ``apo_variants.detach_pull`` leaves it
+    no gradient.
     """
     assert inputs.anchor_log_mass is not None and inputs.reference_anchor_log_mass is not None
     is_wrong = inputs.advantages < 0
@@ -105,4 +106,5 @@ def pull_metrics(inputs: LossInputs, cfg: ObjectiveConfig, corrections: Tensor |
         is_pulled &= rectified <= cfg.dual_clip
     if corrections is not None:
         is_pulled &= corrections != 0
-    return {PULL_FRACTION: TokenMetric(is_pulled & (cfg.apo_pull_coeff > 0), is_wrong)}
+    has_pull = cfg.apo_pull_coeff > 0 and not cfg.apo_variants.detach_pull
+    return {PULL_FRACTION: TokenMetric(is_pulled & has_pull, is_wrong)}

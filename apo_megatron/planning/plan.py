@@ -96,6 +96,7 @@ def make_plan(cfg: RLConfig, setting: Setting) -> Plan:
         itemsize,
         setting.device_bytes,
         has_reference=scope != "none",
+        averages_reference=cfg.objective.apo_variants.reference_decay is not None,
         offloads_optimizer=cfg.optimizer.offload,
     )
     flops = step_flops(architecture, workload, cfg.objective, scope, cfg.model.recompute, stages[-1].is_fused)

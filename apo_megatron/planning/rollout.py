@@ -37,6 +37,7 @@ def rollout_memory(
     itemsize: int,
     device_bytes: float,
     has_reference: bool,
+    averages_reference: bool,
     offloads_optimizer: bool,
 ) -> RolloutMemory:
     """Of the stage that needs most.
@@ -52,6 +53,8 @@ def rollout_memory(
         cfg.bucket_mib * 2**20, dims.tensor * itemsize * max(stage.parameters.largest for stage in stages)
     )
     reference = weights if has_reference else 0.0
+    if averages_reference:  # beside what takes the place of the weights
+        reference += weights / itemsize * FP32
     moved_out = max(stage.optimizer for stage in stages)
     if not (offloads_optimizer or (cfg.engine == "sglang" and cfg.sglang.colocated)):
         moved_out = 0.0

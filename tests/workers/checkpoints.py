@@ -66,9 +66,19 @@ def actor_of(cfg: SFTConfig) -> MegatronActor:
 
 def update(payload: dict[str, Any], actor: MegatronActor, step: int) -> None:
     actor.update(_batch(payload, actor.parallel, step).sequences, supervised_objective())
+    actor.update_average()
 
 
 def parameters(actor: MegatronActor) -> dict[str, torch.Tensor]:
+    """The weights, and their moving average where there is one."""
+    found = _tensors(actor)
+    if actor.averaged_weights is not None:
+        with actor.weights_from(actor.averaged_weights):
+            found |= {f"average of {name}": tensor for name, tensor in _tensors(actor).items()}
+    return found
+
+
+def _tensors(actor: MegatronActor) -> dict[str, torch.Tensor]:
     return {name: t.float().clone() for bucket in actor.weight_source().buckets() for name, t in bucket}
 
 
@@ -91,7 +101,7 @@ def save_in_background(payload: dict[str, Any]) -> dict[str, Any]:
     outcome = {}
     for name, layout in payload["layouts"].items():
         cfg = config(payload, layout, async_save=True)
-        actor, folder = actor_of(cfg), Path(payload["folder"], name)
+        actor, folder = _averaging(actor_of(cfg)), Path(payload["folder"], name)
         update(payload, actor, 0)
         saved = parameters(actor)
         may_write = threading.Event()
@@ -105,7 +115,7 @@ def save_in_background(payload: dict[str, Any]) -> dict[str, Any]:
         expected = parameters(actor)
         checkpointer.finish()
 
-        resumed = actor_of(cfg)
+        resumed = _averaging(actor_of(cfg))
         Checkpointer(folder, cfg, resumed, {}).load_latest(max_step=10)
         difference = _difference(parameters(resumed), saved)
         update(payload, resumed, 1)
@@ -178,17 +188,29 @@ def _delay_writing(may_write: threading.Event) -> None:
     sharded_state._write_file = write  # type: ignore[assignment]
 
 
+def _averaging(actor: MegatronActor, decay: float | None = 0.8) -> MegatronActor:
+    if decay is not None:
+        actor.start_average(decay)
+    return actor
+
+
+def _averages(actor: MegatronActor) -> list[torch.Tensor]:
+    """Those of this rank's shards, which ``parameters`` rounds to the dtype of the model."""
+    return [] if actor.averaged_weights is None else [a.clone() for _, a in actor.averaged_weights.averages]
+
+
 def _save_and_resume(payload: dict[str, Any], case: dict[str, Any], index: int) -> dict[str, Any]:
     payload = payload | {"dtype": case["dtype"]}
     cfg = config(payload, case["layout"], async_save=case.get("async_save", False))
     folder, start = Path(payload["folder"], str(index)), case["updates_before"]
-    actor, data = actor_of(cfg), Counter(start)
+    actor, data = _averaging(actor_of(cfg), case.get("decay")), Counter(start)
     checkpointer = Checkpointer(folder, cfg, actor, {"data": data})
     for step in range(start):
         update(payload, actor, step)
     actor.consecutive_skips = 2
     checkpointer.save(start, {"loss": 1.5})
     drawn, saved, digest = _draw(), parameters(actor), weights_digest(actor.weight_source(), actor.parallel)
+    averages = _averages(actor)
     for step in range(start, start + UPDATES_AFTER):
         update(payload, actor, step)
         data.count += 1
@@ -196,7 +218,7 @@ def _save_and_resume(payload: dict[str, Any], case: dict[str, Any], index: int) 
     expected = parameters(actor)
 
     cfg = config(payload, case.get("other_layout", case["layout"]))
-    resumed, data = actor_of(cfg), Counter()
+    resumed, data = _averaging(actor_of(cfg), case.get("decay")), Counter()
     restored = Checkpointer(folder, cfg, resumed, {"data": data}).load_latest(max_step=10)
     assert restored is not None and (restored.step, data.count, resumed.consecutive_skips) == (
         start,
@@ -205,6 +227,8 @@ def _save_and_resume(payload: dict[str, Any], case: dict[str, Any], index: int) 
     )
     same_draw, difference_loaded = _draw() == drawn, _difference(parameters(resumed), saved)
     assert weights_digest(resumed.weight_source(), resumed.parallel) == digest, case
+    if restored.same_layout:
+        assert all(map(torch.equal, _averages(resumed), averages)), case
     for step in range(start, start + UPDATES_AFTER):
         update(payload, resumed, step)
     return {

@@ -9,11 +9,16 @@ from apo_megatron.objectives.ratios import anchor_ratio, importance_ratio, recti
 
 
 def apo_ratio(inputs: LossInputs, cfg: ObjectiveConfig) -> LossOutputs:
-    """Where A < 0 the rectified ratio takes the place of the importance ratio in the clipped surrogate."""
+    """Where A < 0 the rectified ratio takes the place of the importance ratio in the clipped surrogate.
+
+    With ``apo_variants.detach_pull`` the anchor ratio is a constant: it decides which tokens are clipped,
+    and nothing raises P (our variant, from no paper).
+    """
     assert inputs.anchor_log_mass is not None and inputs.reference_anchor_log_mass is not None
+    anchor = anchor_ratio(inputs.anchor_log_mass, inputs.reference_anchor_log_mass)
     rectified = rectified_ratio(
         importance_ratio(inputs.log_probs, inputs.old_log_probs),
-        anchor_ratio(inputs.anchor_log_mass, inputs.reference_anchor_log_mass),
+        anchor.detach() if cfg.apo_variants.detach_pull else anchor,
         inputs.advantages,
         cfg.apo_push_coeff,
         cfg.apo_pull_coeff,
