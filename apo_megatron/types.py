@@ -85,6 +85,12 @@ class PaddedSequences:
         None  # [B, S, K] int32, -1 = excluded, padded or no reference
     )
     reference_anchor_log_mass: torch.Tensor | None = None  # [B, S] fp32, log Z; NaN where no reference
+    loss_statistics: torch.Tensor | None = None  # [B, S, n] fp32, of the whole mini-batch (BatchStatistics)
+    draw_seeds: torch.Tensor | None = (
+        None  # [B] int64, what is drawn for a sequence in this step depends on it
+    )
+    groups: torch.Tensor | None = None  # [B] int64, the same for all samples of a prompt; -1 = unknown
+    rewards: torch.Tensor | None = None  # [B] fp64, raw R; NaN = unknown
 
     @property
     def num_sequences(self) -> int:
@@ -121,3 +127,4 @@ class TrainedTokens:
     reference_log_probs: torch.Tensor | None = None
     reference_support_ids: torch.Tensor | None = None  # [T, K]
     reference_anchor_log_mass: torch.Tensor | None = None
+    loss_statistics: torch.Tensor | None = None  # [T, n]

@@ -17,11 +17,15 @@ from apo_megatron.config.advantages import (
     WReinforceConfig,
 )
 from apo_megatron.config.policy_losses import (
+    BAPOConfig,
     CISPOConfig,
+    ClipCovConfig,
     DCPOConfig,
     DISPOConfig,
+    DMPOConfig,
     DPPOConfig,
     GPPOConfig,
+    KLCovConfig,
     PolicyLossName,
     SAPOConfig,
 )
@@ -85,6 +89,10 @@ class ObjectiveConfig(Section):
     gppo: GPPOConfig = GPPOConfig()
     dcpo: DCPOConfig = DCPOConfig()
     dppo: DPPOConfig = DPPOConfig()
+    clip_cov: ClipCovConfig = ClipCovConfig()
+    kl_cov: KLCovConfig = KLCovConfig()
+    bapo: BAPOConfig = BAPOConfig()
+    dmpo: DMPOConfig = DMPOConfig()
 
     @rule
     def wrong_tokens_must_not_start_clipped(self) -> str | None:

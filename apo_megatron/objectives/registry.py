@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from apo_megatron.objectives.interface import Need, PolicyLoss
+from apo_megatron.objectives.interface import BatchStatistics, Need, PolicyLoss
 from apo_megatron.objectives.policy_losses.apo import apo_ratio
+from apo_megatron.objectives.policy_losses.batch_wide import (
+    BAPO_BOUNDS,
+    CLIP_COV_TOKENS,
+    KL_COV_TOKENS,
+    SAMPLE_SIZE,
+    bapo,
+    clip_cov,
+    kl_cov,
+    p3o,
+)
 from apo_megatron.objectives.policy_losses.clipped import dcpo_clip, gppo, sapo, vanilla
+from apo_megatron.objectives.policy_losses.matching import GROUP_DISTANCES, dmpo
 from apo_megatron.objectives.policy_losses.supervised import supervised
 from apo_megatron.objectives.policy_losses.weighted import cispo, dispo, dppo_tv
 
@@ -18,6 +29,8 @@ class PolicyLossSpec:
     function: PolicyLoss
     needs: frozenset[Need] = frozenset()
     uses_rollouts: bool = True  # false: demonstrations, so no old policy, no advantages, no reference
+    statistics: BatchStatistics | None = None  # of the whole mini-batch: costs a pass without gradients
+    whole_groups: bool = False  # all trained samples of a prompt must lie in one mini-batch
 
 
 POLICY_LOSSES: dict[str, PolicyLossSpec] = {
@@ -29,5 +42,10 @@ POLICY_LOSSES: dict[str, PolicyLossSpec] = {
     "gppo": PolicyLossSpec(gppo),
     "dcpo_clip": PolicyLossSpec(dcpo_clip),
     "dppo_tv": PolicyLossSpec(dppo_tv),
+    "clip_cov": PolicyLossSpec(clip_cov, statistics=CLIP_COV_TOKENS),
+    "kl_cov": PolicyLossSpec(kl_cov, statistics=KL_COV_TOKENS),
+    "bapo": PolicyLossSpec(bapo, statistics=BAPO_BOUNDS),
+    "p3o": PolicyLossSpec(p3o, statistics=SAMPLE_SIZE),
+    "dmpo": PolicyLossSpec(dmpo, statistics=GROUP_DISTANCES, whole_groups=True),
     "supervised": PolicyLossSpec(supervised, uses_rollouts=False),
 }
