@@ -32,6 +32,9 @@ class Answer:
         """What is drawn for its tokens."""
         return np.random.default_rng(self.seed).integers(2**63, size=len(self.log_probs)).tolist()
 
+    def ratios(self) -> list[float]:
+        return [math.exp(log_ratio) for log_ratio in (self.log_probs - self.old_log_probs).tolist()]
+
 
 Place = tuple[int, int]  # answer, token
 PlainBatchLoss = Callable[[list[Answer], Settings], tuple[list[list[Tensor]], Tensor | float]]
@@ -43,7 +46,7 @@ def clip_cov(answers: list[Answer], settings: Settings) -> tuple[list[list[Tenso
     keys = [answer.keys() for answer in answers]
     candidates = []
     for (i, t), covariance in _covariances(answers).items():
-        r, a = math.exp(answers[i].log_probs[t] - answers[i].old_log_probs[t]), answers[i].advantage
+        r, a = answers[i].ratios()[t], answers[i].advantage
         is_clipped = (a > 0 and r > high) or (a < 0 and r < low)
         if own["covariance_low"] < covariance < own["covariance_high"] and not is_clipped:
             candidates.append((keys[i][t], (i, t)))
@@ -83,8 +86,8 @@ def bapo_bounds(answers: list[Answer], own: Settings) -> tuple[float, float]:
     while True:
         right = wrong = 0.0
         for answer in answers:
-            for log_ratio in (answer.log_probs - answer.old_log_probs).tolist():
-                r, a = math.exp(log_ratio), answer.advantage
+            a = answer.advantage
+            for r in answer.ratios():
                 if a >= 0:
                     right += min(r, high) * a
                 else:
@@ -100,12 +103,12 @@ def bapo_bounds(answers: list[Answer], own: Settings) -> tuple[float, float]:
 
 
 def p3o(answers: list[Answer], settings: Settings) -> tuple[list[list[Tensor]], float]:
-    ratios = [math.exp(log_ratio) for a in answers for log_ratio in (a.log_probs - a.old_log_probs).tolist()]
+    ratios = [r for answer in answers for r in answer.ratios()]
     ess = sum(ratios) ** 2 / (len(ratios) * sum(r * r for r in ratios))
 
     def loss(answer: Answer, t: int) -> Tensor:
         p, old = answer.log_probs[t], answer.old_log_probs[t]
-        weight = min(math.exp(p - old), ess)
+        weight = min(answer.ratios()[t], ess)
         return -weight * answer.advantage * p + (1 - ess) * ((old - p).exp() - (old - p) - 1)
 
     return [[loss(answer, t) for t in range(len(answer.log_probs))] for answer in answers], 0.0
