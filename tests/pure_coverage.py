@@ -25,6 +25,7 @@ TESTS = (
     "advantage_estimators",
     "advantages",
     "answers",
+    "batch_wide_losses",
     "bootstrap",
     "comparison",
     "hf_config",

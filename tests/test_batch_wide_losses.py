@@ -23,6 +23,7 @@ from apo_megatron.objectives import (
     build_objective,
     sequence_weights,
 )
+from apo_megatron.objectives.aggregation import LossAggregation
 from apo_megatron.objectives.selection import draw, largest, token_keys
 from tests.plain_batch_losses import PLAIN_BATCH_LOSSES, Answer, bapo_bounds
 
@@ -173,7 +174,7 @@ def on_ranks(
 @pytest.mark.parametrize("distance", [0.05, 0.5, 3.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradient_are_those_of_the_definition(
-    name: str, distance: float, setting: str, aggregation: str
+    name: str, distance: float, setting: str, aggregation: LossAggregation
 ) -> None:
     answers = make_answers(distance)
     constant = 16 if aggregation.endswith("norm") else None
@@ -286,12 +287,13 @@ def test_extreme_ratios_and_probabilities_stay_finite(name: str, dtype: torch.dt
     found = statistics(name, mini_batch_inputs(answers), cfg)
     tokens = flat(answers)
     inputs = LossInputs(
-        *(x.detach().to(dtype) for x in (tokens.log_probs, tokens.old_log_probs, tokens.advantages)),
+        log_probs=tokens.log_probs.detach().to(dtype).requires_grad_(),
+        old_log_probs=tokens.old_log_probs.to(dtype),
+        advantages=tokens.advantages.to(dtype),
         entropy=torch.zeros_like(tokens.advantages, dtype=dtype),
         sequence_ids=tokens.sequence_ids,
         statistics={key: values.to(dtype) for key, values in found.items()},
     )
-    inputs.log_probs.requires_grad_()
     outputs = POLICY_LOSSES[name].function(inputs, cfg)
     total = outputs.loss if outputs.unweighted is None else outputs.loss + outputs.unweighted
     (slopes,) = torch.autograd.grad(total.sum(), inputs.log_probs)

@@ -21,6 +21,7 @@ from apo_megatron.objectives import (
     MetricSums,
     build_objective,
 )
+from tests.plain_batch_losses import PLAIN_BATCH_LOSSES
 from tests.plain_losses import PLAIN_LOSSES, plain_loss
 
 NAMES = tuple(PLAIN_LOSSES)
@@ -250,7 +251,8 @@ def test_dcpo_gives_rare_tokens_a_wider_range() -> None:
 def test_what_a_configuration_may_name_is_what_is_registered() -> None:
     modes = get_args(ObjectiveConfig.model_fields["loss_mode"].annotation)
     assert {*modes, "supervised"} == set(POLICY_LOSSES)
-    assert {*NAMES, "apo_ratio"} == set(modes)  # each has a definition to be compared with
+    defined = {*NAMES, *PLAIN_BATCH_LOSSES, "apo_ratio"}
+    assert defined == set(modes)  # each has a definition to be compared with
     corrections = get_args(ObjectiveConfig.model_fields["mismatch_correction"].annotation)
     assert set(corrections) == set(MISMATCH_CORRECTIONS)
 
