@@ -103,7 +103,8 @@ def token_weights(case: Case, cfg: ObjectiveConfig) -> Tensor:
 
 
 def select(inputs: LossInputs, rows: Tensor) -> LossInputs:
-    return LossInputs(**{f.name: getattr(inputs, f.name)[rows] for f in dataclasses.fields(inputs)})
+    names = (f.name for f in dataclasses.fields(inputs) if f.name != "statistics")
+    return LossInputs(**{name: getattr(inputs, name)[rows] for name in names})
 
 
 def metric_values(case: Case, cfg: ObjectiveConfig) -> dict[str, float]:

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from apo_megatron.config import ObjectiveConfig
+from apo_megatron.config.policy_losses import PolicyLossName
 from apo_megatron.data.collate import Batch, TrainingSequence, make_batch
 from apo_megatron.diagnosis.differences import relative_differences
 from apo_megatron.parallel.state import ParallelContext
@@ -147,7 +148,7 @@ def test_ranks_without_sequences_take_part(payload: dict[str, Any]) -> None:
 # --- what make_batch prepares -----------------------------------------------------------------------
 
 
-def shares(loss_mode: str, num_ranks: int, seed: tuple[int, int] = (3, 5)) -> list[Batch]:
+def shares(loss_mode: PolicyLossName, num_ranks: int, seed: tuple[int, int] = (3, 5)) -> list[Batch]:
     """The batch of each data rank: 7 prompts with 1 to 4 answers, in 3 mini-batches."""
     sequences = [
         TrainingSequence(np.arange(3 + group % 4 + i), 2, 1.0, np.zeros(1 + group % 4 + i), group, float(i))
@@ -161,7 +162,7 @@ def shares(loss_mode: str, num_ranks: int, seed: tuple[int, int] = (3, 5)) -> li
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_a_loss_of_groups_finds_each_whole_in_one_mini_batch(num_ranks: int) -> None:
-    def groups_of(loss_mode: str) -> list[list[int]]:
+    def groups_of(loss_mode: PolicyLossName) -> list[list[int]]:
         batches = [batch.mini_batches() for batch in shares(loss_mode, num_ranks)]
         return [
             sorted(group for part in parts if part.groups is not None for group in part.groups.tolist())
@@ -176,7 +177,7 @@ def test_a_loss_of_groups_finds_each_whole_in_one_mini_batch(num_ranks: int) -> 
 
 def test_what_is_drawn_hangs_on_the_sequence_and_the_step_alone() -> None:
     def seeds(num_ranks: int, seed: tuple[int, int] = (3, 5)) -> dict[int, int]:
-        found = {}
+        found: dict[int, int] = {}
         for batch in shares("clip_cov", num_ranks, seed):
             assert batch.sequences.draw_seeds is not None
             found |= dict(zip(batch.rows, batch.sequences.draw_seeds.tolist(), strict=True))
