@@ -43,12 +43,13 @@ LOSSES: dict[str, dict[str, Any]] = {
     "dmpo": {"dmpo": {"coeff": 20.0, "sharpness": 2.0}, "loss_aggregation": "seq-mean-token-mean"},
 }
 _CP2 = {"context_parallel_size": 2}
+_OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 _PACKED = {"max_tokens": 40}
 # Processes -> (layout, how micro-batches are made); one line after the other, with every loss.
 TABLE: dict[int, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     1: [({}, {"micro_batch_size": 1}), ({}, _PACKED)],
     2: [
-        ({}, {"micro_batch_size": 5}),  # DP2
+        (_OVERLAP, {"micro_batch_size": 5, "bucket_size": 3000}),  # DP2
         ({"tensor_parallel_size": 2}, {"micro_batch_size": 2}),
         ({"pipeline_parallel_size": 2}, _PACKED),
         (_CP2, {"micro_batch_size": 2}),
