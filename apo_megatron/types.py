@@ -92,6 +92,12 @@ class PaddedSequences:
     # beyond the vocabulary, NaN where no reference. Only for losses that look at them.
     reference_support_log_probs: torch.Tensor | None = None
     solve_rates: torch.Tensor | None = None  # [B, S] fp32, of the prompt; only for losses that look at it
+    loss_statistics: torch.Tensor | None = None  # [B, S, n] fp32, of the whole mini-batch (BatchStatistics)
+    draw_seeds: torch.Tensor | None = (
+        None  # [B] int64, what is drawn for a sequence in this step depends on it
+    )
+    groups: torch.Tensor | None = None  # [B] int64, the same for all samples of a prompt; -1 = unknown
+    rewards: torch.Tensor | None = None  # [B] fp64, raw R; NaN = unknown
 
     @property
     def num_sequences(self) -> int:
@@ -138,4 +144,5 @@ class TrainedTokens:
     reference_anchor_log_mass: torch.Tensor | None = None
     reference_support_log_probs: torch.Tensor | None = None  # [T, K]
     solve_rates: torch.Tensor | None = None
+    loss_statistics: torch.Tensor | None = None  # [T, n]
     split: ContextSplit | None = None  # None: this rank has all tokens of its micro-batch

@@ -114,6 +114,18 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
+        "bounds_move_upwards",
+        ["objective.bapo.low_start=0.96"],
+        ["objective.bapo:", "low_start=0.96", "low_max=0.95"],
+    ),
+    (
+        RLConfig,
+        "bounds_move_upwards",
+        ["objective.bapo.high_max=1.1"],
+        ["objective.bapo:", "high_start=1.2", "high_max=1.1"],
+    ),
+    (
+        RLConfig,
         "wrong_tokens_must_not_start_clipped",
         ["objective.apo_pull_coeff=0.3"],
         ["objective:", "apo_push_coeff - apo_pull_coeff = 0.75", "(0.8, 1.28)", "clip_low", "clip_high"],

@@ -104,7 +104,8 @@ def token_weights(case: Case, cfg: ObjectiveConfig) -> Tensor:
 
 def select(inputs: LossInputs, rows: Tensor) -> LossInputs:
     values = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
-    return dataclasses.replace(inputs, **{name: v[rows] for name, v in values.items() if v is not None})
+    chosen: dict[str, Any] = {n: v[rows] for n, v in values.items() if isinstance(v, Tensor)}
+    return dataclasses.replace(inputs, **chosen)
 
 
 def metric_values(case: Case, cfg: ObjectiveConfig) -> dict[str, float]:

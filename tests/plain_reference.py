@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
+from tests.plain_batch_losses import PLAIN_BATCH_LOSSES
+from tests.plain_batch_losses import Answer as BatchAnswer
 from tests.plain_losses import plain_loss
 from tests.plain_sequence_losses import PLAIN_SEQUENCE_LOSSES, plain_sequence_loss, plain_weights
 from tests.plain_top_tokens import TOP_TOKEN_LOSSES, Answer
@@ -37,6 +39,8 @@ def run_plain(
     with torch.no_grad():
         reference = [_token_log_probs(model, s) for s in sequences]
     old = [log_probs.gather(-1, targets[:, None])[:, 0] for log_probs, targets in reference]
+    if objective.get("old_log_probs") == "rollout":
+        old = [torch.tensor(s["rollout"]) for s in sequences]
     decayed = [p for p in model.parameters() if p.ndim > 1]
     not_decayed = [p for p in model.parameters() if p.ndim == 1]
     adam = torch.optim.AdamW(
@@ -48,16 +52,25 @@ def run_plain(
         betas=(0.9, 0.95),
         eps=optimizer["adam_eps"],
     )
-    order = np.random.default_rng([seed, 0]).permutation(len(sequences))
+    rng = np.random.default_rng([seed, 0])
+    parts = _mini_batches(rng, sequences, objective, num_mini_batches)
+    draw_seeds = rng.integers(2**63, size=len(sequences)).tolist()
     losses, norms = [], []
-    for part in np.array_split(order, num_mini_batches):
-        terms = [_sequence_loss(model, sequences[i], old[i], reference[i][0], objective) for i in part]
+    for part in parts:
+        added: torch.Tensor | float = 0.0
+        if objective["loss_mode"] in PLAIN_BATCH_LOSSES:
+            answers = [_answer(model, sequences[i], old[i], draw_seeds[i]) for i in part]
+            found, added = PLAIN_BATCH_LOSSES[objective["loss_mode"]](answers, objective)
+            terms = [torch.stack(losses_of_answer) for losses_of_answer in found]
+        else:
+            terms = [_sequence_loss(model, sequences[i], old[i], reference[i][0], objective) for i in part]
         if objective["loss_aggregation"] == "token-mean":
             loss = torch.cat(terms).mean()
         elif objective["loss_aggregation"] == "seq-mean-token-mean":
             loss = torch.stack([t.mean() for t in terms]).mean()
         else:
             loss = torch.stack([t.sum() / objective["loss_aggregation_constant"] for t in terms]).mean()
+        loss = loss + added
         adam.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer["clip_grad"])))
@@ -75,6 +88,30 @@ def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     saved = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
     return {name: p.detach() for name, p in model.named_parameters()} | buffers
+
+
+def _mini_batches(
+    rng: np.random.Generator, sequences: list[dict[str, Any]], objective: dict[str, Any], count: int
+) -> list[list[int]]:
+    """Sequences in random order; with DMPO groups, each whole."""
+    if objective["loss_mode"] != "dmpo":
+        return [part.tolist() for part in np.array_split(rng.permutation(len(sequences)), count)]
+    groups = list(dict.fromkeys(s["group"] for s in sequences))
+    cut = np.array_split(rng.permutation(len(groups)), count)
+    return [
+        [i for number in part for i, s in enumerate(sequences) if s["group"] == groups[number]]
+        for part in cut
+    ]
+
+
+def _answer(
+    model: torch.nn.Module, sequence: dict[str, Any], old: torch.Tensor, draw_seed: int
+) -> BatchAnswer:
+    all_log_probs, targets = _token_log_probs(model, sequence)
+    log_probs = all_log_probs.gather(-1, targets[:, None])[:, 0]
+    return BatchAnswer(
+        log_probs, old, sequence["advantage"], sequence["reward"], sequence["group"], draw_seed
+    )
 
 
 def _token_log_probs(model: torch.nn.Module, sequence: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

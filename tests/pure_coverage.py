@@ -26,6 +26,7 @@ TESTS = (
     "advantages",
     "answers",
     "apo_variants",
+    "batch_wide_losses",
     "bootstrap",
     "comparison",
     "hf_config",

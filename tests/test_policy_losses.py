@@ -21,6 +21,7 @@ from apo_megatron.objectives import (
     MetricSums,
     build_objective,
 )
+from tests.plain_batch_losses import PLAIN_BATCH_LOSSES
 from tests.plain_losses import PLAIN_LOSSES, plain_loss
 from tests.plain_sequence_losses import PLAIN_SEQUENCE_LOSSES
 from tests.plain_top_tokens import TOP_TOKEN_LOSSES
@@ -253,7 +254,8 @@ def test_what_a_configuration_may_name_is_what_is_registered() -> None:
     modes = get_args(ObjectiveConfig.model_fields["loss_mode"].annotation)
     assert {*modes, "supervised"} == set(POLICY_LOSSES)
     # Each has a definition to be compared with.
-    assert {*NAMES, *PLAIN_SEQUENCE_LOSSES, *TOP_TOKEN_LOSSES, "apo_ratio"} == set(modes)
+    defined = {*NAMES, *PLAIN_SEQUENCE_LOSSES, *TOP_TOKEN_LOSSES, *PLAIN_BATCH_LOSSES, "apo_ratio"}
+    assert defined == set(modes)
     corrections = get_args(ObjectiveConfig.model_fields["mismatch_correction"].annotation)
     assert set(corrections) == set(MISMATCH_CORRECTIONS)
 

@@ -166,7 +166,7 @@ def test_no_token_gives_the_same_metrics(correction: str) -> None:
     cfg = config("vanilla", "plain").model_copy(update=CORRECTIONS[correction])
     case, inputs = case_and_inputs(cfg)
     fields = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
-    nothing = {name: v[:0] for name, v in fields.items() if isinstance(v, Tensor)}
+    nothing: dict[str, Any] = {name: v[:0] for name, v in fields.items() if isinstance(v, Tensor)}
     none = LossInputs(**nothing, sequences=WholeSequences.all_here(nothing["sequence_ids"]))
     loss, metrics = build_objective(cfg)(none, torch.zeros(0))
     assert loss.item() == 0 and loss.requires_grad

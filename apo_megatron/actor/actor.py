@@ -18,6 +18,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from apo_megatron.actor.batch_statistics import loss_statistics
 from apo_megatron.actor.forward_step import (
     Progress,
     TokenFunction,
@@ -266,6 +267,8 @@ class MegatronActor:
     ) -> dict[str, float]:
         """One optimizer update on ``mini_batch``; its metrics, the same on every rank.
 
+        What a loss must know of the whole mini-batch is found before, by a pass without gradients.
+
         Beside those of the objective: ``token_utilization``, the share of the model's positions that hold a
         token and not padding, and ``num_micro_batches``.
 
@@ -275,6 +278,12 @@ class MegatronActor:
         ``take_pulled`` gets [T] bool, on the last stage and where the objective has a pull: on which of the
         trained tokens, in row-major order of the mask, it acted (``token_metrics.pull_metrics``).
         """
+        if objective.spec.statistics is not None:
+            results = self._forward(mini_batch, self.token_terms.log_probs, None)
+            if results:
+                found = loss_statistics(mini_batch, results["log_probs"], objective, self.parallel)
+                columns = _at_tokens(found, mini_batch.loss_mask, fill=0.0)
+                mini_batch = mini_batch.with_fields(loss_statistics=columns)
         self.optimizer.zero_grad()
         for chunk in self.model_chunks:
             chunk.zero_grad_buffer()

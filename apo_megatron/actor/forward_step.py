@@ -125,6 +125,7 @@ class TokenTerms:
             sampled_is_likeliest=policy_ids[:, 0] == targets if policy_ids.shape[1] else None,
             solve_rates=tokens.solve_rates,
             sequences=self._whole_sequences(tokens) if "whole_sequences" in objective.needs else None,
+            statistics=objective.named_statistics(tokens.loss_statistics),
         )
         return objective(inputs, tokens.loss_weights)
 

@@ -18,13 +18,17 @@ from apo_megatron.config.advantages import (
 )
 from apo_megatron.config.policy_losses import (
     APOVariantsConfig,
+    BAPOConfig,
     CISPOConfig,
+    ClipCovConfig,
     CTPOConfig,
     DCPOConfig,
     DISPOConfig,
+    DMPOConfig,
     DPPOConfig,
     GPPOConfig,
     GSPOConfig,
+    KLCovConfig,
     PolicyLossName,
     SAPOConfig,
     SimKOConfig,
@@ -107,6 +111,10 @@ class ObjectiveConfig(Section):
     simko: SimKOConfig = SimKOConfig()
     topk_forward_kl: TopKForwardKLConfig = TopKForwardKLConfig()
     apo_variants: APOVariantsConfig = APOVariantsConfig()
+    clip_cov: ClipCovConfig = ClipCovConfig()
+    kl_cov: KLCovConfig = KLCovConfig()
+    bapo: BAPOConfig = BAPOConfig()
+    dmpo: DMPOConfig = DMPOConfig()
 
     @rule
     def wrong_tokens_must_not_start_clipped(self) -> str | None:

@@ -25,6 +25,11 @@ PolicyLossName = Literal[
     "vespo",
     "simko",
     "topk_forward_kl",
+    "clip_cov",
+    "kl_cov",
+    "bapo",
+    "p3o",
+    "dmpo",
 ]
 
 
@@ -188,3 +193,61 @@ class APOVariantsConfig(Section):
                 f"{self.target_anchor_ratio} both move apo_pull_coeff: leave one of them out"
             )
         return None
+
+
+class ClipCovConfig(Section):
+    """`loss_mode: clip_cov`. Which tokens of high covariance lose their gradient, beside those PPO clips."""
+
+    share: Annotated[float, Field(ge=0, le=1)] = Field(
+        2e-4, description="Tokens drawn, as a share of the mini-batch's; at least one where it is not 0."
+    )
+    covariance_low: float = Field(1.0, description="Drawn from tokens of a larger covariance ...")
+    covariance_high: float = Field(5.0, description="... and of a smaller one.")
+    clip_low: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Ratio clipped under 1 - clip_low; 1 = no lower bound."
+    )
+    clip_high: PositiveFloat = Field(1.0, description="Ratio clipped over 1 + clip_high.")
+
+
+class KLCovConfig(Section):
+    """`loss_mode: kl_cov`. How many tokens of the highest covariance are held back, and how much."""
+
+    share: Annotated[float, Field(ge=0, le=1)] = Field(
+        2e-3, description="Tokens held, as a share of the mini-batch's; at least one where it is not 0."
+    )
+    coeff: NonNegativeFloat = Field(1.0, description="Weight of |log r| on these tokens.")
+
+
+class BAPOConfig(Section):
+    """`loss_mode: bapo`. Bounds of the ratio, moved in every mini-batch until right answers weigh enough."""
+
+    target: NonNegativeFloat = Field(
+        0.5, description="Wanted sum of A over A >= 0, relative to A < 0; 0 = first bounds."
+    )
+    low_start: Annotated[float, Field(gt=0, lt=1)] = Field(0.8, description="First lower bound.")
+    low_max: Annotated[float, Field(gt=0, le=1)] = Field(0.95, description="Last lower bound.")
+    low_step: PositiveFloat = Field(0.05, description="The lower bound is raised by so much, first.")
+    high_start: Annotated[float, Field(gt=1)] = Field(1.2, description="First upper bound.")
+    high_max: Annotated[float, Field(gt=1)] = Field(2.0, description="Last upper bound.")
+    high_step: PositiveFloat = Field(0.1, description="The upper bound is raised by so much, then.")
+
+    @rule
+    def bounds_move_upwards(self) -> str | None:
+        """`low_max` and `high_max` of `bapo` must not be below `low_start` and `high_start`."""
+        pairs = {"low": (self.low_start, self.low_max), "high": (self.high_start, self.high_max)}
+        for name, (start, largest) in pairs.items():
+            if largest < start:
+                return (
+                    f"{name}_start={start} is above {name}_max={largest}: bounds are only raised. Raise "
+                    f"{name}_max, or set both to one number for a bound that stays"
+                )
+        return None
+
+
+class DMPOConfig(Section):
+    """`loss_mode: dmpo`. The distance between the policy's and the rewards' distribution over a group."""
+
+    coeff: NonNegativeFloat = Field(2.0, description="lambda: weight of the distance; 0 = vanilla.")
+    sharpness: PositiveFloat = Field(
+        15.0, description="1 / alpha: the rewards' distribution is softmax(sharpness * R)."
+    )

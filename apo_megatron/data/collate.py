@@ -30,6 +30,8 @@ class TrainingSequence:
     advantage: float = 0.0
     rollout_log_probs: np.ndarray | None = None  # [L - prompt_length] float32
     solve_rate: float | None = None  # share of right answers among those of its prompt that were judged
+    group: int = -1  # the same for all samples of a prompt and for no others; -1 = unknown
+    reward: float = math.nan  # raw R; NaN = unknown
 
 
 @dataclass
@@ -80,6 +82,7 @@ def trained_samples(groups: Sequence[SampleGroup]) -> list[tuple[SampleGroup, Sa
 def trained_sequences(groups: Sequence[SampleGroup]) -> list[TrainingSequence]:
     """The sequences of ``trained_samples``, in that order."""
     solve_rates = {id(group): _solve_rate(group) for group in groups}
+    numbers = {id(group): number for number, group in enumerate(groups)}
     return [
         TrainingSequence(
             token_ids=np.concatenate([group.prompt.token_ids, sample.completion.token_ids]),
@@ -87,6 +90,8 @@ def trained_sequences(groups: Sequence[SampleGroup]) -> list[TrainingSequence]:
             advantage=sample.advantage or 0.0,
             rollout_log_probs=sample.completion.log_probs,
             solve_rate=solve_rates[id(group)],
+            group=numbers[id(group)],
+            reward=math.nan if sample.reward is None else sample.reward,
         )
         for group, sample in trained_samples(groups)
     ]
@@ -109,12 +114,17 @@ def make_batch(
 
     The division depends on ``seed`` (run, step) only, and every denominator is taken over a whole
     mini-batch, so loss and gradients do not depend on the layout. With fewer sequences than mini-batches
-    there are fewer mini-batches. Where ``objective`` trusts the engine (old_log_probs = rollout), its
-    log-probs are those of the old policy, too.
+    there are fewer mini-batches. A loss that compares the samples of a prompt finds them in one mini-batch.
+    Where ``objective`` trusts the engine (old_log_probs = rollout), its log-probs are those of the old
+    policy, too.
     """
     assert sequences, "an empty batch is skipped before it is collated"
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(sequences)))
-    parts = order.tensor_split(min(num_mini_batches, len(sequences)))
+    rng = np.random.default_rng(seed)
+    # What stays together: a sequence, or all of a group.
+    whole_groups = build_objective(objective).spec.whole_groups
+    units = _rows_by_group(sequences) if whole_groups else [[row] for row in range(len(sequences))]
+    cut = np.array_split(rng.permutation(len(units)), min(num_mini_batches, len(units)))
+    parts = [torch.tensor([row for unit in part for row in units[unit]]) for part in cut]
     lengths = torch.tensor([len(s.token_ids) - s.prompt_length for s in sequences])
     weights = torch.zeros(len(sequences))
     for part in parts:
@@ -131,12 +141,26 @@ def make_batch(
     if "solve_rates" in build_objective(objective).needs:
         rates = torch.tensor([sequences[row].solve_rate for row in rows], dtype=torch.float32)
         padded["solve_rates"] = rates.unsqueeze(1).expand_as(padded["loss_mask"])
+    draw_seeds = rng.integers(2**63, size=len(sequences))
     return Batch(
-        sequences=PaddedSequences(**padded),
+        sequences=PaddedSequences(
+            **padded,
+            draw_seeds=torch.from_numpy(draw_seeds)[rows],
+            groups=torch.tensor([sequences[row].group for row in rows], dtype=torch.int64),
+            rewards=torch.tensor([sequences[row].reward for row in rows], dtype=torch.float64),
+        ),
         mini_batch_sizes=tuple(len(part) for part in mine),
         num_wrong=sum(sequences[row].advantage < 0 for row in rows),
         rows=rows,
     )
+
+
+def _rows_by_group(sequences: Sequence[TrainingSequence]) -> list[list[int]]:
+    rows: dict[int, list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        assert sequence.group >= 0, "this loss must know which sequences belong together"
+        rows.setdefault(sequence.group, []).append(row)
+    return list(rows.values())
 
 
 def _share_of_rank(lengths: Sequence[int], parallel: ParallelContext) -> torch.Tensor:

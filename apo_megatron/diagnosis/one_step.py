@@ -22,8 +22,10 @@ def run_one_step(
     num_mini_batches: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Old log-probs, reference and the updates: ``losses`` and ``grad_norms`` of each update, and
-    ``parameters`` after the last one by checkpoint name, in host memory (on rank 0, elsewhere none).
+    """Old log-probs (if they are not the rollout's), reference and the updates.
+
+    ``losses`` and ``grad_norms`` of each update, and ``parameters`` after the last one by checkpoint name, in
+    host memory (on rank 0, elsewhere none).
 
     Collective. The reference is the actor as it comes.
     """
@@ -32,7 +34,8 @@ def run_one_step(
         sequences, objective_config, parallel, num_mini_batches=num_mini_batches, seed=(seed, 0)
     )
     reference = actor.snapshot()
-    batch.sequences = actor.attach_old_log_probs(batch.sequences)
+    if objective_config.old_log_probs == "recompute":
+        batch.sequences = actor.attach_old_log_probs(batch.sequences)
     with actor.weights_from(reference):
         batch.sequences, _ = actor.attach_reference(batch.sequences, objective)
     updates = [actor.update(part, objective) for part in batch.mini_batches()]

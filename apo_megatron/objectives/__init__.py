@@ -13,7 +13,13 @@ from apo_megatron.objectives.advantages import AdvantageInputs, group_normalized
 from apo_megatron.objectives.aggregation import sequence_weights
 from apo_megatron.objectives.corrections import MISMATCH_CORRECTIONS
 from apo_megatron.objectives.diagnostics import MetricSums
-from apo_megatron.objectives.interface import LossInputs, LossOutputs, TokenMetric
+from apo_megatron.objectives.interface import (
+    BatchStatistics,
+    LossInputs,
+    LossOutputs,
+    MiniBatchInputs,
+    TokenMetric,
+)
 from apo_megatron.objectives.kl import kl_k1, kl_k2, kl_k3
 from apo_megatron.objectives.mismatch import mismatch_metrics, mismatch_weights
 from apo_megatron.objectives.moving_coefficients import MovingObjective
@@ -29,9 +35,11 @@ __all__ = [
     "POLICY_LOSSES",
     "AdvantageEstimatorSpec",
     "AdvantageInputs",
+    "BatchStatistics",
     "LossInputs",
     "LossOutputs",
     "MetricSums",
+    "MiniBatchInputs",
     "MovingObjective",
     "Objective",
     "PolicyLossSpec",

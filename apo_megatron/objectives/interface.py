@@ -55,6 +55,7 @@ class LossInputs:
     policy_topk_log_probs: Tensor | None = None
     sampled_is_likeliest: Tensor | None = None  # [T] bool, y is the first of the policy's Top-K
     solve_rates: Tensor | None = None  # share of right answers to the prompt of the token
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # what the loss's BatchStatistics found
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,36 @@ class TokenMetric:
 class LossOutputs:
     loss: Tensor  # [T], to be minimised
     metrics: dict[str, TokenMetric] = field(default_factory=dict)
+    # [T], a term of the mini-batch's loss as it is: neither weighted by the aggregation nor corrected.
+    unweighted: Tensor | None = None
 
 
 PolicyLoss = Callable[[LossInputs, ObjectiveConfig], LossOutputs]
+
+
+@dataclass(frozen=True)
+class MiniBatchInputs:
+    """This data-parallel rank's part of a mini-batch, as it is before the update: T tokens of B sequences.
+
+    Sequences are whole, whichever ranks and micro-batches share their tokens. Floats are fp64. The two
+    functions are collective: every rank calls them in the same order, also one without a token.
+    """
+
+    log_probs: Tensor  # [T] log pi_theta(y) under the weights that the update starts from
+    old_log_probs: Tensor  # [T]
+    advantages: Tensor  # [T]
+    sequence_ids: Tensor  # [T] int64 in [0, B), ascending
+    draw_seeds: Tensor  # [B] int64, the same for a sequence in every layout, another in every step
+    groups: Tensor  # [B] int64, the same for all samples of a prompt and for no others; -1 where unknown
+    rewards: Tensor  # [B] raw R; NaN where unknown
+    sum: Callable[[Tensor], Tensor]  # over the data-parallel ranks
+    gather: Callable[[Tensor], Tensor]  # [n] -> [n of all data-parallel ranks], one after the other
+
+
+@dataclass(frozen=True)
+class BatchStatistics:
+    """What a loss must know of the whole mini-batch: found by one more pass without gradients, before the
+    update, and handed to the loss as ``LossInputs.statistics``."""
+
+    names: tuple[str, ...]
+    compute: Callable[[MiniBatchInputs, ObjectiveConfig], dict[str, Tensor]]  # [T] for each of the names

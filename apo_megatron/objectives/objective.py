@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apo_megatron.config.objective import ObjectiveConfig
 from apo_megatron.objectives.corrections import MISMATCH_CORRECTIONS, OFF_POLICY_MASK_NEEDS
-from apo_megatron.objectives.interface import LossInputs, Need, TokenMetric
+from apo_megatron.objectives.interface import LossInputs, MiniBatchInputs, Need, TokenMetric
 from apo_megatron.objectives.mismatch import corrected_loss, policy_loss_weights
 from apo_megatron.objectives.registry import POLICY_LOSSES, PolicyLossSpec
 from apo_megatron.objectives.regularizers import entropy_bonus, kl_penalty
@@ -105,13 +105,27 @@ class Objective:
         moved = {"apo_push_coeff": push_coeff, "apo_pull_coeff": pull_coeff}
         return replace(self, cfg=self.cfg.model_copy(update=moved))
 
+    def statistics_of(self, inputs: MiniBatchInputs) -> Tensor:
+        """What the loss must know of the mini-batch, [T, n] fp32, for one that declares statistics."""
+        assert self.spec.statistics is not None
+        found = self.spec.statistics.compute(inputs, self.cfg)
+        return torch.stack([found[name] for name in self.spec.statistics.names], dim=-1).float()
+
+    def named_statistics(self, columns: Tensor | None) -> dict[str, Tensor]:
+        """``statistics_of`` by name, each [T]; {} for a loss without."""
+        if self.spec.statistics is None:
+            return {}
+        assert columns is not None, "the update attaches them before the first micro-batch"
+        return dict(zip(self.spec.statistics.names, columns.unbind(-1), strict=True))
+
     def __call__(self, inputs: LossInputs, weights: Tensor) -> tuple[Tensor, dict[str, TokenMetric]]:
         """This micro-batch's share of the mini-batch's loss, and its metrics.
 
         ``weights`` [T]: 1 / the denominator of the whole mini-batch (``aggregation.sequence_weights``). The
-        scalar is sum_t weights[t] * loss[t]; the shares of all micro-batches and ranks add up to the loss,
-        which is also the metric ``loss``. Tokens of weight 0 add exactly 0, whatever their loss is. With
-        T = 0 the scalar is 0, still differentiable, and the names of the metrics are the same.
+        scalar is sum_t weights[t] * loss[t], plus what the loss adds unweighted; the shares of all
+        micro-batches and ranks add up to the loss, which is also the metric ``loss``. Tokens of weight 0 add
+        exactly 0, whatever their loss is. With T = 0 the scalar is 0, still differentiable, and the names of
+        the metrics are the same.
         """
         outputs = self.spec.function(inputs, self.cfg)
         corrections, metrics = policy_loss_weights(inputs, self.cfg)
@@ -126,6 +140,8 @@ class Objective:
         if self.uses_entropy_bonus:
             loss = loss + entropy_bonus(inputs, self.cfg).loss
         shares = torch.where(weights == 0, 0.0, weights * loss)
+        if outputs.unweighted is not None:
+            shares = shares + torch.where(weights == 0, 0.0, outputs.unweighted)
         metrics |= self._telemetry(inputs, corrections)
         metrics["loss"] = TokenMetric(shares, reduction="sum")
         return shares.sum(), metrics

@@ -6,9 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from apo_megatron.config.objective import ObjectiveConfig
-from apo_megatron.objectives.interface import Need, PolicyLoss
+from apo_megatron.objectives.interface import BatchStatistics, Need, PolicyLoss
 from apo_megatron.objectives.policy_losses.apo import apo_ratio
+from apo_megatron.objectives.policy_losses.batch_wide import (
+    BAPO_BOUNDS,
+    CLIP_COV_TOKENS,
+    KL_COV_TOKENS,
+    SAMPLE_SIZE,
+    bapo,
+    clip_cov,
+    kl_cov,
+    p3o,
+)
 from apo_megatron.objectives.policy_losses.clipped import dcpo_clip, gppo, sapo, vanilla
+from apo_megatron.objectives.policy_losses.matching import GROUP_DISTANCES, dmpo
 from apo_megatron.objectives.policy_losses.sequence_level import ctpo, gspo, vespo
 from apo_megatron.objectives.policy_losses.supervised import supervised
 from apo_megatron.objectives.policy_losses.top_tokens import simko, topk_forward_kl
@@ -23,6 +34,8 @@ class PolicyLossSpec:
     needs: frozenset[Need] = frozenset()
     uses_rollouts: bool = True  # false: demonstrations, so no old policy, no advantages, no reference
     policy_topk: Callable[[ObjectiveConfig], int] | None = None  # K of the need "policy_topk"
+    statistics: BatchStatistics | None = None  # of the whole mini-batch: costs a pass without gradients
+    whole_groups: bool = False  # all trained samples of a prompt must lie in one mini-batch
 
 
 POLICY_LOSSES: dict[str, PolicyLossSpec] = {
@@ -41,5 +54,10 @@ POLICY_LOSSES: dict[str, PolicyLossSpec] = {
         simko, frozenset({"policy_topk", "whole_sequences"}), policy_topk=lambda cfg: cfg.simko.topk
     ),
     "topk_forward_kl": PolicyLossSpec(topk_forward_kl, frozenset({"reference_topk", "solve_rates"})),
+    "clip_cov": PolicyLossSpec(clip_cov, statistics=CLIP_COV_TOKENS),
+    "kl_cov": PolicyLossSpec(kl_cov, statistics=KL_COV_TOKENS),
+    "bapo": PolicyLossSpec(bapo, statistics=BAPO_BOUNDS),
+    "p3o": PolicyLossSpec(p3o, statistics=SAMPLE_SIZE),
+    "dmpo": PolicyLossSpec(dmpo, statistics=GROUP_DISTANCES, whole_groups=True),
     "supervised": PolicyLossSpec(supervised, uses_rollouts=False),
 }

@@ -78,6 +78,27 @@ def sum_over_context_parallel(values: torch.Tensor, parallel: ParallelContext) -
     return values
 
 
+def gather_over_data_parallel(values: torch.Tensor, parallel: ParallelContext) -> torch.Tensor:
+    """``values`` [n] of the ranks that have other sequences, by rank: [sum of n], within one pipeline stage.
+
+    On the device that ``values`` are on; n may differ by rank, and be 0.
+    """
+    num_ranks = parallel.dims.data
+    if num_ranks == 1:
+        return values
+    sizes = torch.zeros(num_ranks, dtype=torch.int64, device=parallel.device)
+    sizes[parallel.data_rank] = len(values)
+    counts: list[int] = sum_over_data_parallel(sizes, parallel).tolist()
+    if not any(counts):
+        return values
+    share = values.new_zeros(max(counts), device=parallel.device)
+    share[: len(values)] = values
+    gathered = share.new_empty(num_ranks * len(share))
+    dist.all_gather_into_tensor(gathered, share, group=parallel.data_group)
+    shares = gathered.to(values.device).split(len(share))
+    return torch.cat([of_rank[:count] for of_rank, count in zip(shares, counts, strict=True)])
+
+
 def broadcast_from_last_stage(value: T, parallel: ParallelContext) -> T:
     """The last stage's ``value`` on every stage of this rank's pipeline."""
     if parallel.dims.pipeline == 1:

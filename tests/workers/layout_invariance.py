@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -40,8 +41,10 @@ def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelC
             np.array(s["tokens"]),
             s["prompt_length"],
             s["advantage"],
-            np.array(s.get("rollout", np.zeros(len(s["tokens"]) - s["prompt_length"]))),
+            np.array(s.get("rollout", [0.0] * (len(s["tokens"]) - s["prompt_length"]))),
             s.get("solve_rate"),
+            group=s.get("group", -1),
+            reward=s.get("reward", math.nan),
         )
         for s in payload["sequences"]
     ]

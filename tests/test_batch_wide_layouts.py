@@ -1,0 +1,196 @@
+"""Losses that look at the whole mini-batch give one update on every layout: that of ``plain_reference.py``.
+
+The log-probs of the old policy are given, some way off, so that every ratio, bound and draw acts in both
+updates. Groups lie on several ranks and in several micro-batches.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from apo_megatron.config import ObjectiveConfig
+from apo_megatron.config.policy_losses import PolicyLossName
+from apo_megatron.data.collate import Batch, TrainingSequence, make_batch
+from apo_megatron.diagnosis.differences import relative_differences
+from apo_megatron.parallel.state import ParallelContext
+from tests.distributed import run_distributed
+from tests.plain_reference import run_plain
+from tests.test_layout_invariance import NUM_MINI_BATCHES, OPTIMIZER, SEED, make_sequences
+from tests.tiny_models import make_tiny_model
+
+RELATIVE_BOUNDS = {"loss": 5e-5, "grad_norm": 1e-5, "parameters": 1e-5}  # some losses lie near 0
+LOSSES: dict[str, dict[str, Any]] = {
+    "clip_cov": {
+        "clip_cov": {
+            "share": 0.2,
+            "covariance_low": 0.2,
+            "covariance_high": 3.0,
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+        },
+        "loss_aggregation": "seq-mean-token-mean",
+    },
+    "kl_cov": {"kl_cov": {"share": 0.3, "coeff": 0.5}},
+    "bapo": {"bapo": {"target": 1.25, "low_start": 0.7, "low_max": 0.75, "high_start": 1.05}},
+    "p3o": {"loss_aggregation": "seq-mean-token-mean"},
+    "dmpo": {"dmpo": {"coeff": 20.0, "sharpness": 2.0}, "loss_aggregation": "seq-mean-token-mean"},
+}
+_CP2 = {"context_parallel_size": 2}
+_OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+_PACKED = {"max_tokens": 40}
+# Processes -> (layout, how micro-batches are made); one line after the other, with every loss.
+TABLE: dict[int, list[tuple[dict[str, Any], dict[str, Any]]]] = {
+    1: [({}, {"micro_batch_size": 1}), ({}, _PACKED)],
+    2: [
+        (_OVERLAP, {"micro_batch_size": 5, "bucket_size": 3000}),  # DP2
+        ({"tensor_parallel_size": 2}, {"micro_batch_size": 2}),
+        ({"pipeline_parallel_size": 2}, _PACKED),
+        (_CP2, {"micro_batch_size": 2}),
+        (_CP2, _PACKED),
+    ],
+}
+
+
+def with_old_policy(model_path: Path) -> list[dict[str, Any]]:
+    """The sequences of the other layout tests, with an old policy, rewards and five groups."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    rng = np.random.default_rng(7)
+    sequences = []
+    for number, sequence in enumerate(make_sequences()):
+        tokens, start = torch.tensor(sequence["tokens"]), sequence["prompt_length"]
+        with torch.no_grad():
+            log_probs = model(tokens[None]).logits[0, start - 1 : -1].log_softmax(-1)
+        current = log_probs.gather(-1, tokens[start:, None])[:, 0].numpy()
+        moved = current + rng.normal(0, 0.3, len(current)).astype(np.float32)
+        more = {"rollout": moved.tolist(), "reward": float(rng.uniform(0, 1)), "group": number % 5}
+        sequences.append({**sequence, **more})
+    return sequences
+
+
+def objective_of(name: str) -> dict[str, Any]:
+    return {"loss_mode": name, "old_log_probs": "rollout", "support_telemetry": False, **LOSSES[name]}
+
+
+@pytest.fixture(scope="module")
+def payload(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = make_tiny_model(tmp_path_factory.mktemp("model"), "qwen2")
+    return {
+        "model_path": str(path),
+        "sequences": with_old_policy(path),
+        "optimizer": OPTIMIZER,
+        "num_mini_batches": NUM_MINI_BATCHES,
+        "seed": SEED,
+    }
+
+
+def plain(payload: dict[str, Any], sequences: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    settings = ObjectiveConfig(**objective_of(name)).model_dump()
+    return run_plain(
+        payload["model_path"],
+        sequences,
+        {**settings, "kl_loss_coeff": 0.0},
+        OPTIMIZER,
+        NUM_MINI_BATCHES,
+        SEED,
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(payload: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: plain(payload, payload["sequences"], name) for name in LOSSES}
+
+
+def compare(
+    world: int, payload: dict[str, Any], cases: list[dict[str, Any]], expected: dict[str, dict[str, Any]]
+) -> None:
+    cases = [{"micro_batch_size": 2, **case} for case in cases]
+    results = run_distributed(
+        world, "tests.workers.layout_invariance:run_cases", {**payload, "cases": cases}
+    )[0]
+    failures = []
+    for case, result in zip(cases, results, strict=True):
+        name = case["objective"]["loss_mode"]
+        differences = relative_differences(result, expected[name])
+        line = f"{world} processes, {name}, {case['layout']}, {case.get('max_tokens')}: " + ", ".join(
+            f"{key} {value:.1e}" for key, value in differences.items()
+        )
+        print(line)
+        if not all(differences[key] <= bound for key, bound in RELATIVE_BOUNDS.items()):
+            failures.append(line)
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("world", sorted(TABLE))
+def test_update_equals_plain_torch_on_every_layout(
+    world: int, payload: dict[str, Any], expected: dict[str, dict[str, Any]]
+) -> None:
+    torch.set_num_threads(1)
+    cases = [
+        {"layout": layout, **how, "objective": objective_of(name)}
+        for layout, how in TABLE[world]
+        for name in LOSSES
+    ]
+    compare(world, payload, cases, expected)
+
+
+def test_ranks_without_sequences_take_part(payload: dict[str, Any]) -> None:
+    few = [payload["sequences"][i] for i in (0, 5, 1)]  # of two groups: mini-batches of two and one
+    cases = [{"layout": {}, **_PACKED, "objective": objective_of(name)} for name in LOSSES]
+    compare(2, {**payload, "sequences": few}, cases, {name: plain(payload, few, name) for name in LOSSES})
+
+
+# --- what make_batch prepares -----------------------------------------------------------------------
+
+
+def shares(loss_mode: PolicyLossName, num_ranks: int, seed: tuple[int, int] = (3, 5)) -> list[Batch]:
+    """The batch of each data rank: 7 prompts with 1 to 4 answers, in 3 mini-batches."""
+    sequences = [
+        TrainingSequence(
+            np.arange(3 + group % 4 + i),
+            2,
+            1.0,
+            np.zeros(1 + group % 4 + i),
+            group=group,
+            reward=float(i),
+        )
+        for group in range(7)
+        for i in range(1 + group % 4)
+    ]
+    places = (SimpleNamespace(dims=SimpleNamespace(data=num_ranks), data_rank=r) for r in range(num_ranks))
+    cfg = ObjectiveConfig(loss_mode=loss_mode)
+    return [make_batch(sequences, cfg, cast(ParallelContext, place), 3, seed) for place in places]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_a_loss_of_groups_finds_each_whole_in_one_mini_batch(num_ranks: int) -> None:
+    def groups_of(loss_mode: PolicyLossName) -> list[list[int]]:
+        batches = [batch.mini_batches() for batch in shares(loss_mode, num_ranks)]
+        return [
+            sorted(group for part in parts if part.groups is not None for group in part.groups.tolist())
+            for parts in zip(*batches, strict=True)
+        ]
+
+    found = groups_of("dmpo")
+    assert sorted(sum(found, [])) == [g for g in range(7) for _ in range(1 + g % 4)]
+    assert all(part.count(g) == 1 + g % 4 for part in found for g in part) and all(found)
+    assert any(part.count(g) != 1 + g % 4 for part in groups_of("vanilla") for g in part)
+
+
+def test_what_is_drawn_hangs_on_the_sequence_and_the_step_alone() -> None:
+    def seeds(num_ranks: int, seed: tuple[int, int] = (3, 5)) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for batch in shares("clip_cov", num_ranks, seed):
+            assert batch.sequences.draw_seeds is not None
+            found |= dict(zip(batch.rows, batch.sequences.draw_seeds.tolist(), strict=True))
+        return found
+
+    assert seeds(1) == seeds(2) == seeds(3) and len(set(seeds(1).values())) == 16
+    assert not set(seeds(1).values()) & set(seeds(1, (3, 6)).values())
+    assert not set(seeds(1).values()) & set(seeds(1, (4, 5)).values())
