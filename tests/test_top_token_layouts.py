@@ -147,7 +147,11 @@ def seen_by(name: str, **settings: Any) -> tuple[LossInputs, Tensor, Tensor, Ten
     ones = torch.ones(NUM_TOKENS, dtype=torch.float64)
     tokens = TrainedTokens(torch.zeros_like(targets), targets, -ones, ones)
     found = terms.reference(
-        reference, tokens, objective.support_size, cfg.apo_exclude_sampled, objective.needs_support_log_probs
+        reference,
+        tokens,
+        objective.support_size,
+        cfg.apo_exclude_sampled,
+        keep_log_probs=objective.needs_support_log_probs,
     )
     kept = ("support_ids", "anchor_log_mass", "support_log_probs")
     with_reference: dict[str, Any] = {f"reference_{name}": found.get(name) for name in kept}
