@@ -58,6 +58,7 @@ class Sample:
     is_left_out: bool = False  # its advantage is 0, and the estimator trains on no such sample
     # What each of reward.rewards said, where the advantage estimator looks at them.
     reward_terms: tuple[float, ...] | None = None
+    target_advantage: float | None = None  # a second signal, where the loss needs it
 
 
 @dataclass
@@ -85,6 +86,7 @@ class PaddedSequences:
         None  # [B, S, K] int32, -1 = excluded, padded or no reference
     )
     reference_anchor_log_mass: torch.Tensor | None = None  # [B, S] fp32, log Z; NaN where no reference
+    target_advantages: torch.Tensor | None = None  # [B, S] fp32, where the loss needs them
 
     @property
     def num_sequences(self) -> int:
@@ -121,3 +123,4 @@ class TrainedTokens:
     reference_log_probs: torch.Tensor | None = None
     reference_support_ids: torch.Tensor | None = None  # [T, K]
     reference_anchor_log_mass: torch.Tensor | None = None
+    target_advantages: torch.Tensor | None = None

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
+from tests.plain_bounded_ratio import plain_gbpo
 from tests.plain_losses import plain_loss
 
 
@@ -102,6 +103,9 @@ def _sequence_loss(
     if objective["loss_mode"] in ("apo_ratio", "vanilla"):
         clipped = ratio.clamp(1 - objective["clip_low"], 1 + objective["clip_high"])
         loss = torch.maximum(-advantage * ratio, -advantage * clipped)
+    elif objective["loss_mode"] == "gbpo":
+        advantages, targets = (torch.full_like(old, sequence[k]) for k in ("advantage", "target_advantage"))
+        loss = plain_gbpo(log_probs, old, advantages, targets, objective["gbpo"])
     else:
         advantages = torch.full_like(old, advantage)
         loss = plain_loss(objective["loss_mode"], log_probs, old, advantages, objective)

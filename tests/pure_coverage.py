@@ -26,6 +26,7 @@ TESTS = (
     "advantages",
     "answers",
     "bootstrap",
+    "bounded_ratio",
     "comparison",
     "hf_config",
     "layout_rules",

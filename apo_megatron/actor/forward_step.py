@@ -96,6 +96,7 @@ class TokenTerms:
             reference_log_probs=tokens.reference_log_probs,
             rollout_log_probs=tokens.rollout_log_probs,
             sampled_in_support=None if support is None else in_support,
+            target_advantages=tokens.target_advantages,
         )
         return objective(inputs, tokens.loss_weights)
 

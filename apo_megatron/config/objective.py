@@ -21,6 +21,7 @@ from apo_megatron.config.policy_losses import (
     DCPOConfig,
     DISPOConfig,
     DPPOConfig,
+    GBPOConfig,
     GPPOConfig,
     PolicyLossName,
     SAPOConfig,
@@ -85,6 +86,7 @@ class ObjectiveConfig(Section):
     gppo: GPPOConfig = GPPOConfig()
     dcpo: DCPOConfig = DCPOConfig()
     dppo: DPPOConfig = DPPOConfig()
+    gbpo: GBPOConfig = GBPOConfig()
 
     @rule
     def wrong_tokens_must_not_start_clipped(self) -> str | None:

@@ -20,6 +20,7 @@ PolicyLossName = Literal[
     "gppo",
     "dcpo_clip",
     "dppo_tv",
+    "gbpo",
 ]
 
 
@@ -81,3 +82,13 @@ class DPPOConfig(Section):
     max_increase: PositiveFloat = Field(0.2, description="A > 0: largest pi_theta(y) - pi_old(y).")
     max_decrease: PositiveFloat = Field(0.2, description="A < 0: largest pi_old(y) - pi_theta(y).")
     max_weight: PositiveFloat = Field(20.0, description="Largest weight of A log pi.")
+
+
+class GBPOConfig(Section):
+    """`loss_mode: gbpo`. The target that the ratio is drawn to."""
+
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="Smallest target 1 - clip_low.")
+    clip_high: PositiveFloat = Field(0.2, description="Largest target 1 + clip_high.")
+    temperature: PositiveFloat = Field(
+        1.0, description="The smaller, the closer targets come to the ends of that range."
+    )

@@ -28,6 +28,7 @@ class TrainingSequence:
     prompt_length: int
     advantage: float = 0.0
     rollout_log_probs: np.ndarray | None = None  # [L - prompt_length] float32
+    target_advantage: float | None = None  # where the loss needs it
 
 
 @dataclass
@@ -83,6 +84,7 @@ def trained_sequences(groups: Sequence[SampleGroup]) -> list[TrainingSequence]:
             prompt_length=len(group.prompt.token_ids),
             advantage=sample.advantage or 0.0,
             rollout_log_probs=sample.completion.log_probs,
+            target_advantage=sample.target_advantage,
         )
         for group, sample in trained_samples(groups)
     ]
@@ -118,6 +120,9 @@ def make_batch(
         padded.pop("rollout_log_probs")
     elif objective.old_log_probs == "rollout":
         padded["old_log_probs"] = padded["rollout_log_probs"]
+    if sequences[0].target_advantage is not None:
+        targets = torch.tensor([sequences[row].target_advantage for row in rows], dtype=torch.float32)
+        padded["target_advantages"] = torch.where(padded["loss_mask"], targets.unsqueeze(1), 0.0)
     return Batch(
         sequences=PaddedSequences(**padded),
         mini_batch_sizes=tuple(len(part) for part in mine),

@@ -16,7 +16,7 @@ from torch import Tensor
 from apo_megatron.config.objective import ObjectiveConfig
 
 # Per-token inputs that cost something and are computed only for a loss that declares them.
-Need = Literal["anchor", "reference_log_probs", "entropy_grad", "rollout_log_probs"]
+Need = Literal["anchor", "reference_log_probs", "entropy_grad", "rollout_log_probs", "target_advantages"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class LossInputs:
     reference_log_probs: Tensor | None = None  # log pi_ref(y)
     rollout_log_probs: Tensor | None = None  # log pi_rollout(y), as the engine reported it
     sampled_in_support: Tensor | None = None  # [T] bool, y in M; means something only where A < 0
+    target_advantages: Tensor | None = None  # of the sample, beside A (target_advantages.py)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from apo_megatron.objectives.interface import Need, PolicyLoss
 from apo_megatron.objectives.policy_losses.apo import apo_ratio
+from apo_megatron.objectives.policy_losses.bounded_ratio import gbpo
 from apo_megatron.objectives.policy_losses.clipped import dcpo_clip, gppo, sapo, vanilla
 from apo_megatron.objectives.policy_losses.supervised import supervised
 from apo_megatron.objectives.policy_losses.weighted import cispo, dispo, dppo_tv
@@ -29,5 +30,6 @@ POLICY_LOSSES: dict[str, PolicyLossSpec] = {
     "gppo": PolicyLossSpec(gppo),
     "dcpo_clip": PolicyLossSpec(dcpo_clip),
     "dppo_tv": PolicyLossSpec(dppo_tv),
+    "gbpo": PolicyLossSpec(gbpo, needs=frozenset({"target_advantages"})),
     "supervised": PolicyLossSpec(supervised, uses_rollouts=False),
 }

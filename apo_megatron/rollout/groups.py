@@ -16,6 +16,8 @@ from apo_megatron.objectives.advantage_registry import (
     teaching_groups,
 )
 from apo_megatron.objectives.advantages import MIN_SPREAD, AdvantageInputs
+from apo_megatron.objectives.registry import POLICY_LOSSES
+from apo_megatron.objectives.target_advantages import median_normalized_rewards
 from apo_megatron.rewards.interface import TermReward, score_batch
 from apo_megatron.rewards.overlong import shaped_rewards
 from apo_megatron.rewards.registry import Reward
@@ -95,6 +97,10 @@ def assign_advantages(groups: Sequence[SampleGroup], cfg: RLConfig) -> None:
         for sample, advantage, is_on in zip(group.samples, row, trained, strict=True):
             sample.advantage = advantage if is_on else None
             sample.is_left_out = is_on and advantage == 0 and not trains_on_zeros
+    if "target_advantages" in POLICY_LOSSES[cfg.objective.loss_mode].needs:
+        for group, row in zip(groups, median_normalized_rewards(shaped).tolist(), strict=True):
+            for sample, target in zip(group.samples, row, strict=True):
+                sample.target_advantage = target
 
 
 def group_metrics(groups: Sequence[SampleGroup], cfg: RLConfig) -> dict[str, float]:
