@@ -20,6 +20,7 @@ from apo_megatron.data.collate import make_batch, trained_sequences
 from apo_megatron.objectives.objective import build_objective
 from apo_megatron.parallel.state import init_parallel
 from apo_megatron.rollout.build import build_engine
+from apo_megatron.rollout.filtering import filter_samples
 from apo_megatron.rollout.groups import assign_advantages, group_metrics
 from apo_megatron.rollout.sampler import GroupSampler
 from apo_megatron.run import Evaluator, Run, mean_metrics
@@ -68,8 +69,8 @@ def train(cfg: RLConfig) -> None:
                 run.note(samples.note)
             groups = samples.groups
             assign_advantages(groups, cfg)
+            metrics |= samples.metrics | group_metrics(groups, cfg) | filter_samples(groups, cfg, step)
             sequences = trained_sequences(groups)
-            metrics |= samples.metrics | group_metrics(groups, cfg)
             metrics["skipped_step"] = float(not sequences)
             batch = None
             if sequences:  # else there is nothing to learn from: every group is all right or all wrong

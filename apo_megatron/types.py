@@ -56,6 +56,7 @@ class Sample:
     reward: float | None = None
     advantage: float | None = None
     is_left_out: bool = False  # its advantage is 0, and the estimator trains on no such sample
+    is_filtered_out: bool = False  # by rollout.sample_filter
     # What each of reward.rewards said, where the advantage estimator looks at them.
     reward_terms: tuple[float, ...] | None = None
     target_advantage: float | None = None  # a second signal, where the loss needs it

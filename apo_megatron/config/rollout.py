@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from apo_megatron.config.sampling import D3SConfig, SampleFilterName
 from apo_megatron.config.section import (
     FrozenList,
     NonNegativeInt,
@@ -138,6 +139,10 @@ class RolloutConfig(Section):
     mask_truncated: bool = Field(
         False, description="Do not train on answers that were cut at max_new_tokens (overlong filtering)."
     )
+    sample_filter: SampleFilterName = Field(
+        "none", description="Which samples of a step are trained on, by their advantages: docs/methods.md."
+    )
+    d3s: D3SConfig = D3SConfig()
     canary_prompts: NonNegativeInt = Field(
         4, description="Prompts whose log-probs are compared with the actor's after each update; 0 = none."
     )

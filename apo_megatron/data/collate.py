@@ -65,14 +65,14 @@ def trained_samples(groups: Sequence[SampleGroup]) -> list[tuple[SampleGroup, Sa
     None could not be judged, or was cut at rollout.max_new_tokens and is masked (rollout.mask_truncated): its
     tokens are in no loss and in no denominator. As in DAPO's overlong filtering (arXiv 2503.14476), masking
     is done after the advantages of its group are known, so its reward counts in their baseline. Some
-    estimators leave out every sample of advantage 0.
+    estimators leave out every sample of advantage 0, and rollout.sample_filter leaves out what it likes.
     """
     return [
         (group, sample)
         for group in groups
         if any(sample.advantage for sample in group.samples)
         for sample in group.samples
-        if sample.advantage is not None and not sample.is_left_out
+        if sample.advantage is not None and not sample.is_left_out and not sample.is_filtered_out
     ]
 
 
