@@ -198,6 +198,28 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
+        "bundles_are_whole",
+        ["objective.advantage_estimator=riskpo", "data.prompts_per_step=8"],
+        ["data.prompts_per_step=8", "objective.riskpo.bundle_size=5", "set 5"],
+    ),
+    (
+        RLConfig,
+        "bundles_are_whole",
+        [
+            "objective.advantage_estimator=riskpo",
+            "data.prompts_per_step=10",
+            "rollout.drop_zero_spread=true",
+        ],
+        ["rollout.drop_zero_spread=true", "riskpo"],
+    ),
+    (
+        RLConfig,
+        "levels_are_in_order",
+        ["objective.riskpo.low_level=0.5", "objective.riskpo.high_level=0.3"],
+        ["objective.riskpo:", "low_level=0.5", "high_level=0.3"],
+    ),
+    (
+        RLConfig,
         "partial_rollouts_are_stale",
         ["rollout.engine=sglang", "rollout.partial_rollouts=true", "rollout.oversampling=1.5"],
         ["rollout:", "partial_rollouts=true", "max_staleness=0"],

@@ -40,6 +40,7 @@ TESTS = (
     "pass_at_k_advantages",
     "planning",
     "policy_losses",
+    "risk_advantages",
     "sample_filters",
     "weight_names",
     "weights",

@@ -35,7 +35,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "objective.md"
 K = 3
 WEIGHTS = (0.7, 0.5, -0.2)
 # Their statistics are those of the whole batch.
-WHITENED = ("reinforce_plus_plus_baseline", "gdpo")
+WHITENED = ("reinforce_plus_plus_baseline", "gdpo", "riskpo")
 
 
 def configured(name: str) -> ObjectiveConfig:
@@ -45,6 +45,7 @@ def configured(name: str) -> ObjectiveConfig:
             "passk": {"k": K},
             "pkpo": {"k": K},
             "w_reinforce": {"right_weight": 0.3},
+            "riskpo": {"bundle_size": 1},  # more are in test_risk_advantages.py
         }
     )
 
@@ -177,7 +178,8 @@ def test_groups_that_do_not_differ_teach_where_it_is_declared(name: str) -> None
     uniform = AdvantageInputs(rewards, torch.full((2, 7), 5), terms[..., 0] >= 1, terms, weights)
     teaches = teaching_groups(uniform, configured(name))
     assert teaches.any().item() == ADVANTAGE_ESTIMATORS[name].uniform_groups_teach
-    assert teaches.tolist() == [name in ("psr", "w_reinforce"), name in ("nsr", "w_reinforce")]
+    right, wrong = ("psr", "w_reinforce", "riskpo"), ("nsr", "w_reinforce", "riskpo")
+    assert teaches.tolist() == [name in right, name in wrong]
 
 
 @pytest.mark.parametrize("name", ADVANTAGE_ESTIMATORS)
@@ -318,6 +320,7 @@ def _names(holds: Callable[[str], bool]) -> set[str]:
         ("passk", {"passk": {"k": 2}}),
         ("pkpo", {"pkpo": {"k": 2}}),
         ("w_reinforce", {"w_reinforce": {"right_weight": 0.5}}),
+        ("riskpo", {"riskpo": {"bundle_size": 1, "cvar_weight": 0.0}}),
     ],
 )
 def test_settings_reach_the_estimator(name: str, changed: dict[str, Any]) -> None:

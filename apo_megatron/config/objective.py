@@ -14,6 +14,7 @@ from apo_megatron.config.advantages import (
     AdvantageEstimatorName,
     PassKConfig,
     PKPOConfig,
+    RiskPOConfig,
     WReinforceConfig,
 )
 from apo_megatron.config.policy_losses import (
@@ -44,6 +45,7 @@ class ObjectiveConfig(Section):
     passk: PassKConfig = PassKConfig()
     pkpo: PKPOConfig = PKPOConfig()
     w_reinforce: WReinforceConfig = WReinforceConfig()
+    riskpo: RiskPOConfig = RiskPOConfig()
     loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
         "token-mean", description="How token losses become one number, over the whole mini-batch."
     )

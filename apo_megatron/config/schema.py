@@ -400,6 +400,26 @@ class RLConfig(Section):
         return None
 
     @rule
+    def bundles_are_whole(self) -> str | None:
+        """With `objective.advantage_estimator` = riskpo, `data.prompts_per_step` must be a multiple of
+        `objective.riskpo.bundle_size`, and `rollout.drop_zero_spread` false: what a group teaches depends on
+        its bundle."""
+        size, num_prompts = self.objective.riskpo.bundle_size, self.data.prompts_per_step
+        if self.objective.advantage_estimator != "riskpo":
+            return None
+        if num_prompts % size:
+            return (
+                f"data.prompts_per_step={num_prompts} is no multiple of objective.riskpo.bundle_size={size}: "
+                f"set {num_prompts // size * size or size}, or another bundle_size"
+            )
+        if self.rollout.drop_zero_spread:
+            return (
+                "rollout.drop_zero_spread=true with objective.advantage_estimator=riskpo, which learns from "
+                "groups of equal rewards, too: set it to false"
+            )
+        return None
+
+    @rule
     def apo_has_wrong_answers(self) -> str | None:
         """`objective.loss_mode` = apo_ratio needs an `advantage_estimator` that is negative somewhere: not
         psr, not pkpo."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from apo_megatron.config import ObjectiveConfig
@@ -24,10 +25,12 @@ from apo_megatron.objectives.advantages import (
 )
 from apo_megatron.objectives.pass_at_k_advantages import passk_advantages, pkpo_advantages
 from apo_megatron.objectives.reward_term_advantages import dvao_advantages, gdpo_advantages
+from apo_megatron.objectives.risk_advantages import riskpo_advantages, track_quantiles
 
 # Fields of AdvantageInputs that an estimator looks at. Terms are kept only where they are looked at.
 AdvantageNeed = Literal["rewards", "lengths", "is_correct", "reward_terms"]
 AdvantageFunction = Callable[[AdvantageInputs, ObjectiveConfig], Tensor]
+NextState = Callable[[AdvantageInputs, ObjectiveConfig], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,9 @@ class AdvantageEstimatorSpec:
     trains_on_zeros: bool = (
         True  # false: samples with A = 0 are left out, also in groups that teach something
     )
+    # Of one that keeps something: AdvantageInputs.state of the next step, from the inputs of this one.
+    next_state: NextState | None = None
+    looks_across_prompts: bool = False  # true: a group alone does not say whether it teaches something
 
 
 def estimate_advantages(inputs: AdvantageInputs, cfg: ObjectiveConfig) -> Tensor:
@@ -49,7 +55,12 @@ def estimate_advantages(inputs: AdvantageInputs, cfg: ObjectiveConfig) -> Tensor
 
 
 def teaching_groups(inputs: AdvantageInputs, cfg: ObjectiveConfig) -> Tensor:
-    """Groups with an advantage that is not 0, [P] bool: the others are left out of training."""
+    """Groups with an advantage that is not 0, [P] bool: the others are left out of training.
+
+    All of them where that depends on other groups of the step, which may not be there yet.
+    """
+    if ADVANTAGE_ESTIMATORS[cfg.advantage_estimator].looks_across_prompts:
+        return torch.ones(len(inputs.rewards), dtype=torch.bool, device=inputs.rewards.device)
     return estimate_advantages(inputs, cfg).ne(0).any(dim=1)
 
 
@@ -99,4 +110,11 @@ ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimatorSpec] = {
     "pkpo": AdvantageEstimatorSpec(lambda x, cfg: pkpo_advantages(x.rewards, cfg.pkpo.k), settings="pkpo"),
     "gdpo": AdvantageEstimatorSpec(_gdpo, _TERMS),
     "dvao": AdvantageEstimatorSpec(_dvao, _TERMS),
+    "riskpo": AdvantageEstimatorSpec(
+        lambda x, cfg: riskpo_advantages(x.rewards, cfg.riskpo, x.state),
+        settings="riskpo",
+        uniform_groups_teach=True,
+        next_state=lambda x, cfg: track_quantiles(x.rewards, cfg.riskpo, x.state),
+        looks_across_prompts=True,
+    ),
 }

@@ -21,6 +21,7 @@ from apo_megatron.objectives.target_advantages import median_normalized_rewards
 from apo_megatron.rewards.interface import TermReward, score_batch
 from apo_megatron.rewards.overlong import shaped_rewards
 from apo_megatron.rewards.registry import Reward
+from apo_megatron.rollout.advantage_state import AdvantageState
 from apo_megatron.rollout.engine import SamplingParams
 from apo_megatron.rollout.sampling import sampling_params
 from apo_megatron.types import Completion, Prompt, SampleGroup
@@ -79,9 +80,14 @@ def groups_that_teach(groups: Sequence[SampleGroup], cfg: RLConfig) -> list[bool
     return found
 
 
-def assign_advantages(groups: Sequence[SampleGroup], cfg: RLConfig) -> None:
+def assign_advantages(
+    groups: Sequence[SampleGroup], cfg: RLConfig, state: AdvantageState | None = None
+) -> None:
     """Fill in the advantages, from shaped rewards. Samples that are not trained on keep None: those without
-    a judgement, and with rollout.mask_truncated those that were cut, whose rewards count in their group."""
+    a judgement, and with rollout.mask_truncated those that were cut, whose rewards count in their group.
+
+    ``state`` is what the estimator kept of the steps before, and then what it keeps for the next one.
+    """
     rewards, lengths = _rewards_and_lengths(groups)
     shaped = shaped_rewards(rewards, lengths, cfg.reward, cfg.rollout.max_new_tokens)
     is_masked = torch.zeros_like(rewards, dtype=torch.bool)
@@ -90,13 +96,17 @@ def assign_advantages(groups: Sequence[SampleGroup], cfg: RLConfig) -> None:
         is_masked = torch.from_numpy(np.array(cut))
     # Length 0: without a weight where the estimator weighs by tokens.
     inputs = _inputs(groups, shaped, rewards, lengths.masked_fill(is_masked, 0), cfg)
+    estimator = ADVANTAGE_ESTIMATORS[cfg.objective.advantage_estimator]
+    if state is not None:
+        inputs = replace(inputs, state=state.values)
     advantages = estimate_advantages(inputs, cfg.objective)
+    if state is not None and estimator.next_state is not None:
+        state.values = estimator.next_state(inputs, cfg.objective)
     is_trained = ~rewards.isnan() & ~is_masked
-    trains_on_zeros = ADVANTAGE_ESTIMATORS[cfg.objective.advantage_estimator].trains_on_zeros
     for group, row, trained in zip(groups, advantages.tolist(), is_trained.tolist(), strict=True):
         for sample, advantage, is_on in zip(group.samples, row, trained, strict=True):
             sample.advantage = advantage if is_on else None
-            sample.is_left_out = is_on and advantage == 0 and not trains_on_zeros
+            sample.is_left_out = is_on and advantage == 0 and not estimator.trains_on_zeros
     if "target_advantages" in POLICY_LOSSES[cfg.objective.loss_mode].needs:
         for group, row in zip(groups, median_normalized_rewards(shaped).tolist(), strict=True):
             for sample, target in zip(group.samples, row, strict=True):
