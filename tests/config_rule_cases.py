@@ -214,6 +214,23 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
+        "bundles_are_whole",
+        [
+            "objective.advantage_estimator=riskpo",
+            "data.prompts_per_step=10",
+            "rollout.allocation=knapsack",
+            "rollout.group_size=4",
+        ],
+        ["rollout.allocation=knapsack", "riskpo", "set uniform"],
+    ),
+    (
+        RLConfig,
+        "knapsack_can_spend_its_budget",
+        ["rollout.allocation=knapsack", "rollout.group_size=8", "rollout.knapsack.max_samples=7"],
+        ["rollout:", "group_size=8", "knapsack.min_samples=2", "knapsack.max_samples=7"],
+    ),
+    (
+        RLConfig,
         "levels_are_in_order",
         ["objective.riskpo.low_level=0.5", "objective.riskpo.high_level=0.3"],
         ["objective.riskpo:", "low_level=0.5", "high_level=0.3"],

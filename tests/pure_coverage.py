@@ -41,6 +41,7 @@ TESTS = (
     "planning",
     "policy_losses",
     "risk_advantages",
+    "sample_allocations",
     "sample_filters",
     "weight_names",
     "weights",

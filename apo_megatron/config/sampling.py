@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from apo_megatron.config.section import Section
+from apo_megatron.config.section import PositiveInt, Section
 
 SampleFilterName = Literal["none", "d3s"]
+SampleAllocationName = Literal["uniform", "knapsack"]
 
 
 class D3SConfig(Section):
@@ -17,3 +18,10 @@ class D3SConfig(Section):
     first_share: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5, description="Of the samples of the first step; of the last step all are kept."
     )
+
+
+class KnapsackConfig(Section):
+    """`rollout.allocation: knapsack`. Prompts get rollout.group_size samples on average."""
+
+    min_samples: PositiveInt = Field(2, description="Fewest samples of a prompt.")
+    max_samples: PositiveInt = Field(128, description="Most samples of a prompt.")

@@ -402,8 +402,8 @@ class RLConfig(Section):
     @rule
     def bundles_are_whole(self) -> str | None:
         """With `objective.advantage_estimator` = riskpo, `data.prompts_per_step` must be a multiple of
-        `objective.riskpo.bundle_size`, and `rollout.drop_zero_spread` false: what a group teaches depends on
-        its bundle."""
+        `objective.riskpo.bundle_size`, `rollout.drop_zero_spread` false, as what a group teaches depends on
+        its bundle, and `rollout.allocation` uniform."""
         size, num_prompts = self.objective.riskpo.bundle_size, self.data.prompts_per_step
         if self.objective.advantage_estimator != "riskpo":
             return None
@@ -416,6 +416,11 @@ class RLConfig(Section):
             return (
                 "rollout.drop_zero_spread=true with objective.advantage_estimator=riskpo, which learns from "
                 "groups of equal rewards, too: set it to false"
+            )
+        if self.rollout.allocation != "uniform":
+            return (
+                f"rollout.allocation={self.rollout.allocation} with objective.advantage_estimator=riskpo, "
+                "which adds up the rewards of prompts sample by sample: set uniform"
             )
         return None
 
