@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = [{"prompt": " ".join(words[i : i + 2 + i % 3])} for i in range(6)]  # known from step 2 on
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     target = "tests.workers.resume:run_all"
-    first = [{"config": _config(folder, method, "straight")} for method in METHODS]
+    first: list[dict[str, Any]] = [{"config": _config(folder, m, "straight")} for m in METHODS]
     first += [{"config": _config(folder, method, "halves"), "stop_in": STOP_IN} for method in METHODS]
     ended = [run["ended"] for run in run_distributed(2, target, {"runs": first})[0]]
     assert ended[:2] == ["", ""] and all("stopped after step 3" in text for text in ended[2:])
