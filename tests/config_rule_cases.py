@@ -204,13 +204,9 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
-        "bundles_are_whole",
-        [
-            "objective.advantage_estimator=riskpo",
-            "data.prompts_per_step=10",
-            "rollout.drop_zero_spread=true",
-        ],
-        ["rollout.drop_zero_spread=true", "riskpo"],
+        "groups_are_dropped_for_what_they_are",
+        ["objective.advantage_estimator=dcpo", "rollout.drop_zero_spread=true"],
+        ["rollout.drop_zero_spread=true", "objective.advantage_estimator=dcpo"],
     ),
     (
         RLConfig,

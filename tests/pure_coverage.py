@@ -43,6 +43,7 @@ TESTS = (
     "risk_advantages",
     "sample_allocations",
     "sample_filters",
+    "visited_advantages",
     "weight_names",
     "weights",
 )

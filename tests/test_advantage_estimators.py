@@ -178,7 +178,7 @@ def test_groups_that_do_not_differ_teach_where_it_is_declared(name: str) -> None
     uniform = AdvantageInputs(rewards, torch.full((2, 7), 5), terms[..., 0] >= 1, terms, weights)
     teaches = teaching_groups(uniform, configured(name))
     assert teaches.any().item() == ADVANTAGE_ESTIMATORS[name].uniform_groups_teach
-    right, wrong = ("psr", "w_reinforce", "riskpo"), ("nsr", "w_reinforce", "riskpo")
+    right, wrong = (("w_reinforce", *settings.BEYOND_GROUP, other) for other in ("psr", "nsr"))
     assert teaches.tolist() == [name in right, name in wrong]
 
 
@@ -300,6 +300,7 @@ def test_the_configuration_knows_every_estimator() -> None:
     specs = ADVANTAGE_ESTIMATORS
     assert get_args(settings.AdvantageEstimatorName) == tuple(specs)
     assert set(settings.BY_CORRECTNESS) == _names(lambda name: specs[name].needs == {"is_correct"})
+    assert set(settings.BEYOND_GROUP) == _names(lambda name: specs[name].looks_beyond_group)
     assert set(settings.BY_REWARD_TERMS) == _names(lambda name: "reward_terms" in specs[name].needs)
     found = {name: torch.cat([estimate(name, random_inputs(seed)) for seed in range(3)]) for name in specs}
     assert set(settings.NEVER_NEGATIVE) == _names(lambda name: bool((found[name] >= 0).all()))
@@ -331,7 +332,7 @@ def test_settings_reach_the_estimator(name: str, changed: dict[str, Any]) -> Non
 def test_the_table_says_what_the_registry_says() -> None:
     rows = {cells[0].strip("` "): [cell.strip() for cell in cells[1:]] for cells in _table_rows()}
     assert set(rows) == set(ADVANTAGE_ESTIMATORS)
-    words = {"lengths": "lengths", "is_correct": "right or wrong", "reward_terms": "reward terms"}
+    words = {"is_correct": "right or wrong", "reward_terms": "reward terms", "prompt_ids": "prompts"}
     for name, spec in ADVANTAGE_ESTIMATORS.items():
         _paper, _rule, options, needs, uniform, certainty = rows[name]
         assert bool(spec.settings) == (f"`{spec.settings}." in options), name

@@ -112,7 +112,7 @@ def test_they_find_the_quantiles_of_scores_that_stay_as_they_are() -> None:
 
 def test_the_registry_hands_the_state_on() -> None:
     spec = ADVANTAGE_ESTIMATORS["riskpo"]
-    assert spec.next_state is not None and spec.looks_across_prompts
+    assert spec.next_state is not None and spec.looks_beyond_group
     cfg = ObjectiveConfig.model_validate({"advantage_estimator": "riskpo", "riskpo": CFG.model_dump()})
     rewards = random_rewards(2)
     none = torch.zeros(rewards.shape, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""RiskPO with D3S, and GBPO with knapsack: short runs on two processes, stopped and continued, to the bit."""
+"""RiskPO with D3S; GBPO and DCPO with knapsack: short runs of two processes, resumed to the bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "rollout": {"sample_filter": "d3s", "d3s": {"first_share": 0.6}},
     },
     "gbpo": {
-        "objective": {"loss_mode": "gbpo", "gbpo": {"temperature": 0.5}},
+        "objective": {"loss_mode": "gbpo", "gbpo": {"temperature": 0.5}, "advantage_estimator": "dcpo"},
         "rollout": {"allocation": "knapsack", "knapsack": {"min_samples": 2, "max_samples": 9}},
     },
 }
@@ -93,8 +93,11 @@ def test_riskpo_keeps_its_quantiles_and_d3s_lets_go(folder: Path) -> None:
     assert all(row["wrong_token_fraction"] > 0 for row in rows if not row["skipped_step"])
 
 
-def test_knapsack_moves_samples_to_where_they_teach(folder: Path) -> None:
+def test_knapsack_moves_samples_to_where_they_teach_and_dcpo_counts_visits(folder: Path) -> None:
     rates = _last_parts(folder, "gbpo_straight")["rollout"]["success_rates"]
+    visits = _last_parts(folder, "gbpo_straight")["advantages"]["values"]
+    assert visits.keys() == rates.keys()
+    assert sum(count for count, _, _ in visits.values()) == NUM_STEPS * PROMPTS_PER_STEP
     assert len(rates) == 6 and all(0 <= rate <= 1 for rate in rates.values())
     rows = repeatable_metrics(folder / "gbpo_straight")
     largest = [row["rollout/largest_group"] for row in rows]

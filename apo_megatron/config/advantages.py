@@ -22,11 +22,14 @@ AdvantageEstimatorName = Literal[
     "gdpo",
     "dvao",
     "riskpo",
+    "dcpo",
 ]
 # They look at right and wrong, or at the terms of a reward, and so do not see a punishment of its sum.
 BY_CORRECTNESS = ("psr", "nsr", "w_reinforce", "passk")
 BY_REWARD_TERMS = ("gdpo", "dvao")
 NEVER_NEGATIVE = ("psr", "pkpo")
+# What a group teaches depends on others of the step, or of earlier ones.
+BEYOND_GROUP = ("riskpo", "dcpo")
 
 
 class PassKConfig(Section):

@@ -36,8 +36,9 @@ SampleFilter = Callable[[FilterInputs, RolloutConfig], Tensor]  # -> [N] bool, w
 def d3s(inputs: FilterInputs, cfg: RolloutConfig) -> Tensor:
     """D3S (arXiv 2509.22115), its choice of samples: those whose advantages vary most. [second-hand]
 
-    Experimental: no code of the authors is known. Its second half, the choice of tokens by |A| times entropy,
-    is left out. The share that is kept grows evenly from ``first_share`` to 1 in the last step; two at least.
+    Experimental: no code of the authors is known. Left out are its choice within each group, which comes
+    first, and that of tokens by |A| times entropy, which comes last. The share that is kept grows evenly from
+    ``first_share`` to 1 in the last step; two at least.
     """
     share = cfg.d3s.first_share + (1 - cfg.d3s.first_share) * inputs.progress
     num_samples = len(inputs.advantages)

@@ -6,15 +6,15 @@ from typing import Any
 
 
 class AdvantageState:
-    """Plain numbers by name, the same on every rank; none before the first step."""
+    """Values that JSON can hold, by name, the same on every rank; none before the first step."""
 
     def __init__(self) -> None:
-        self.values: dict[str, float] = {}
+        self.values: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The numbers as they are: JSON keeps every bit of a float."""
+        """The values as they are: JSON keeps every bit of a float."""
         return {"values": dict(self.values)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from saved numbers."""
+        """Go on from saved values."""
         self.values = dict(state["values"])

@@ -146,7 +146,8 @@ def _inputs(
     cfg: RLConfig,
 ) -> AdvantageInputs:
     """What the estimator may look at; right is what ``rewards`` say, also where they are shaped."""
-    inputs = AdvantageInputs(shaped, lengths, rewards >= 1)
+    names = [group.prompt.prompt_id for group in groups]
+    inputs = AdvantageInputs(shaped, lengths, rewards >= 1, prompt_ids=names)
     if not _looks_at_terms(cfg.objective):
         return inputs
     said = [[sample.reward_terms for sample in group.samples] for group in groups]
