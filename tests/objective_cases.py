@@ -103,7 +103,8 @@ def token_weights(case: Case, cfg: ObjectiveConfig) -> Tensor:
 
 
 def select(inputs: LossInputs, rows: Tensor) -> LossInputs:
-    return LossInputs(**{f.name: getattr(inputs, f.name)[rows] for f in dataclasses.fields(inputs)})
+    values = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
+    return dataclasses.replace(inputs, **{name: v[rows] for name, v in values.items() if v is not None})
 
 
 def metric_values(case: Case, cfg: ObjectiveConfig) -> dict[str, float]:

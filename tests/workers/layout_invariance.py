@@ -41,7 +41,7 @@ def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelC
             s["prompt_length"],
             s["advantage"],
             np.zeros(len(s["tokens"]) - s["prompt_length"]),
-            s.get("target_advantage"),
+            target_advantage=s.get("target_advantage"),
         )
         for s in payload["sequences"]
     ]
