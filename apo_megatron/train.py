@@ -18,10 +18,13 @@ from apo_megatron.actor.micro_batches import MicroBatchSize
 from apo_megatron.actor.snapshot import WeightSnapshot
 from apo_megatron.config import RLConfig
 from apo_megatron.data.collate import make_batch, trained_sequences
+from apo_megatron.objectives.advantage_registry import ADVANTAGE_ESTIMATORS
 from apo_megatron.objectives.moving_coefficients import MovingObjective
 from apo_megatron.objectives.objective import Objective, build_objective
 from apo_megatron.parallel.state import init_parallel
+from apo_megatron.rollout.advantage_state import AdvantageState
 from apo_megatron.rollout.build import build_engine
+from apo_megatron.rollout.filtering import filter_samples
 from apo_megatron.rollout.groups import assign_advantages, group_metrics
 from apo_megatron.rollout.sampler import GroupSampler
 from apo_megatron.run import Evaluator, Run, mean_metrics
@@ -53,6 +56,9 @@ def train(cfg: RLConfig) -> None:
         parts: dict[str, Stateful] = {"data": data.prompts, "rollout": sampler}
         if moving.is_stateful:
             parts["objective"] = moving
+        advantage_state = AdvantageState()
+        if ADVANTAGE_ESTIMATORS[cfg.objective.advantage_estimator].next_state is not None:
+            parts["advantages"] = advantage_state
         checkpointer = Checkpointer(run.checkpoint_folder, cfg, actor, parts, digest)
         version = start = run.resume(checkpointer)  # policy version: one more with each step that trains
         sync = WeightSync(cfg.rollout, actor, engine, sampler, data.prompts)
@@ -71,9 +77,9 @@ def train(cfg: RLConfig) -> None:
             if samples.note is not None:
                 run.note(samples.note)
             groups = samples.groups
-            assign_advantages(groups, cfg)
+            assign_advantages(groups, cfg, advantage_state)
+            metrics |= samples.metrics | group_metrics(groups, cfg) | filter_samples(groups, cfg, step)
             sequences = trained_sequences(groups)
-            metrics |= samples.metrics | group_metrics(groups, cfg)
             metrics["skipped_step"] = float(not sequences)
             batch = None
             if sequences:  # else there is nothing to learn from: every group is all right or all wrong

@@ -59,8 +59,10 @@ class Sample:
     reward: float | None = None
     advantage: float | None = None
     is_left_out: bool = False  # its advantage is 0, and the estimator trains on no such sample
+    is_filtered_out: bool = False  # by rollout.sample_filter
     # What each of reward.rewards said, where the advantage estimator looks at them.
     reward_terms: tuple[float, ...] | None = None
+    target_advantage: float | None = None  # a second signal, where the loss needs it
 
 
 @dataclass
@@ -98,6 +100,7 @@ class PaddedSequences:
     )
     groups: torch.Tensor | None = None  # [B] int64, the same for all samples of a prompt; -1 = unknown
     rewards: torch.Tensor | None = None  # [B] fp64, raw R; NaN = unknown
+    target_advantages: torch.Tensor | None = None  # [B, S] fp32, where the loss needs them
 
     @property
     def num_sequences(self) -> int:
@@ -145,4 +148,5 @@ class TrainedTokens:
     reference_support_log_probs: torch.Tensor | None = None  # [T, K]
     solve_rates: torch.Tensor | None = None
     loss_statistics: torch.Tensor | None = None  # [T, n]
+    target_advantages: torch.Tensor | None = None
     split: ContextSplit | None = None  # None: this rank has all tokens of its micro-batch

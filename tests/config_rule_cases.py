@@ -250,6 +250,41 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
+        "bundles_are_whole",
+        ["objective.advantage_estimator=riskpo", "data.prompts_per_step=8"],
+        ["data.prompts_per_step=8", "objective.riskpo.bundle_size=5", "set 5"],
+    ),
+    (
+        RLConfig,
+        "groups_are_dropped_for_what_they_are",
+        ["objective.advantage_estimator=dcpo", "rollout.drop_zero_spread=true"],
+        ["rollout.drop_zero_spread=true", "objective.advantage_estimator=dcpo"],
+    ),
+    (
+        RLConfig,
+        "bundles_are_whole",
+        [
+            "objective.advantage_estimator=riskpo",
+            "data.prompts_per_step=10",
+            "rollout.allocation=knapsack",
+            "rollout.group_size=4",
+        ],
+        ["rollout.allocation=knapsack", "riskpo", "set uniform"],
+    ),
+    (
+        RLConfig,
+        "knapsack_can_spend_its_budget",
+        ["rollout.allocation=knapsack", "rollout.group_size=8", "rollout.knapsack.max_samples=7"],
+        ["rollout:", "group_size=8", "knapsack.min_samples=2", "knapsack.max_samples=7"],
+    ),
+    (
+        RLConfig,
+        "levels_are_in_order",
+        ["objective.riskpo.low_level=0.5", "objective.riskpo.high_level=0.3"],
+        ["objective.riskpo:", "low_level=0.5", "high_level=0.3"],
+    ),
+    (
+        RLConfig,
         "partial_rollouts_are_stale",
         ["rollout.engine=sglang", "rollout.partial_rollouts=true", "rollout.oversampling=1.5"],
         ["rollout:", "partial_rollouts=true", "max_staleness=0"],

@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from tests.plain_batch_losses import PLAIN_BATCH_LOSSES
 from tests.plain_batch_losses import Answer as BatchAnswer
+from tests.plain_bounded_ratio import plain_gbpo
 from tests.plain_losses import plain_loss
 from tests.plain_sequence_losses import PLAIN_SEQUENCE_LOSSES, plain_sequence_loss, plain_weights
 from tests.plain_top_tokens import TOP_TOKEN_LOSSES, Answer
@@ -152,6 +153,9 @@ def _sequence_loss(
             all_log_probs, reference, reference, targets, advantage, sequence.get("solve_rate", 0.0)
         )
         loss = TOP_TOKEN_LOSSES[objective["loss_mode"]](answer, objective)
+    elif objective["loss_mode"] == "gbpo":
+        advantages, targets = (torch.full_like(old, sequence[k]) for k in ("advantage", "target_advantage"))
+        loss = plain_gbpo(log_probs, old, advantages, targets, objective["gbpo"])
     else:
         advantages = torch.full_like(old, advantage)
         loss = plain_loss(objective["loss_mode"], log_probs, old, advantages, objective)

@@ -28,6 +28,7 @@ TESTS = (
     "apo_variants",
     "batch_wide_losses",
     "bootstrap",
+    "bounded_ratio",
     "comparison",
     "hf_config",
     "layout_rules",
@@ -44,6 +45,10 @@ TESTS = (
     "sequence_corrections",
     "sequence_losses",
     "top_tokens",
+    "risk_advantages",
+    "sample_allocations",
+    "sample_filters",
+    "visited_advantages",
     "weight_names",
     "weights",
 )

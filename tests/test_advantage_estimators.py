@@ -35,7 +35,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "objective.md"
 K = 3
 WEIGHTS = (0.7, 0.5, -0.2)
 # Their statistics are those of the whole batch.
-WHITENED = ("reinforce_plus_plus_baseline", "gdpo")
+WHITENED = ("reinforce_plus_plus_baseline", "gdpo", "riskpo")
 
 
 def configured(name: str) -> ObjectiveConfig:
@@ -45,6 +45,7 @@ def configured(name: str) -> ObjectiveConfig:
             "passk": {"k": K},
             "pkpo": {"k": K},
             "w_reinforce": {"right_weight": 0.3},
+            "riskpo": {"bundle_size": 1},  # more are in test_risk_advantages.py
         }
     )
 
@@ -177,7 +178,8 @@ def test_groups_that_do_not_differ_teach_where_it_is_declared(name: str) -> None
     uniform = AdvantageInputs(rewards, torch.full((2, 7), 5), terms[..., 0] >= 1, terms, weights)
     teaches = teaching_groups(uniform, configured(name))
     assert teaches.any().item() == ADVANTAGE_ESTIMATORS[name].uniform_groups_teach
-    assert teaches.tolist() == [name in ("psr", "w_reinforce"), name in ("nsr", "w_reinforce")]
+    right, wrong = (("w_reinforce", *settings.BEYOND_GROUP, other) for other in ("psr", "nsr"))
+    assert teaches.tolist() == [name in right, name in wrong]
 
 
 @pytest.mark.parametrize("name", ADVANTAGE_ESTIMATORS)
@@ -298,6 +300,7 @@ def test_the_configuration_knows_every_estimator() -> None:
     specs = ADVANTAGE_ESTIMATORS
     assert get_args(settings.AdvantageEstimatorName) == tuple(specs)
     assert set(settings.BY_CORRECTNESS) == _names(lambda name: specs[name].needs == {"is_correct"})
+    assert set(settings.BEYOND_GROUP) == _names(lambda name: specs[name].looks_beyond_group)
     assert set(settings.BY_REWARD_TERMS) == _names(lambda name: "reward_terms" in specs[name].needs)
     found = {name: torch.cat([estimate(name, random_inputs(seed)) for seed in range(3)]) for name in specs}
     assert set(settings.NEVER_NEGATIVE) == _names(lambda name: bool((found[name] >= 0).all()))
@@ -318,6 +321,7 @@ def _names(holds: Callable[[str], bool]) -> set[str]:
         ("passk", {"passk": {"k": 2}}),
         ("pkpo", {"pkpo": {"k": 2}}),
         ("w_reinforce", {"w_reinforce": {"right_weight": 0.5}}),
+        ("riskpo", {"riskpo": {"bundle_size": 1, "cvar_weight": 0.0}}),
     ],
 )
 def test_settings_reach_the_estimator(name: str, changed: dict[str, Any]) -> None:
@@ -328,7 +332,7 @@ def test_settings_reach_the_estimator(name: str, changed: dict[str, Any]) -> Non
 def test_the_table_says_what_the_registry_says() -> None:
     rows = {cells[0].strip("` "): [cell.strip() for cell in cells[1:]] for cells in _table_rows()}
     assert set(rows) == set(ADVANTAGE_ESTIMATORS)
-    words = {"lengths": "lengths", "is_correct": "right or wrong", "reward_terms": "reward terms"}
+    words = {"is_correct": "right or wrong", "reward_terms": "reward terms", "prompt_ids": "prompts"}
     for name, spec in ADVANTAGE_ESTIMATORS.items():
         _paper, _rule, options, needs, uniform, certainty = rows[name]
         assert bool(spec.settings) == (f"`{spec.settings}." in options), name

@@ -34,6 +34,7 @@ def config(name: str, **rollout: Any) -> RLConfig:
         "loss_mode": "vanilla",
         "passk": {"k": 2},
         "pkpo": {"k": 2},
+        "riskpo": {"bundle_size": 1},
     }
     values["reward"]["rewards"] = [{"name": "countdown", "weight": weight} for weight in WEIGHTS]
     return RLConfig.model_validate(values)

@@ -16,6 +16,7 @@ import torch
 
 from apo_megatron.config import EvalConfig, ObjectiveConfig, RewardConfig, load_config
 from apo_megatron.config.benchmarks import BenchmarkConfig
+from apo_megatron.config.rollout import RolloutConfig
 from apo_megatron.evaluation import benchmarks
 from apo_megatron.objectives import (
     AdvantageInputs,
@@ -24,6 +25,7 @@ from apo_megatron.objectives import (
     advantage_registry,
     advantages,
     registry,
+    sample_filters,
 )
 from apo_megatron.objectives.policy_losses import clipped
 from apo_megatron.rewards import registry as rewards
@@ -64,6 +66,8 @@ def test_every_block_of_code_is_run_here() -> None:
         "POLICY_LOSSES",
         "median_advantages",
         "ADVANTAGE_ESTIMATORS",
+        "keep_positive",
+        "SAMPLE_FILTERS",
         "KeywordReward",
         "_REWARDS",
         "BENCHMARKS",
@@ -105,6 +109,14 @@ def test_the_advantage_estimator() -> None:
     inputs = AdvantageInputs(rewards, torch.ones(2, 4, dtype=torch.int64), rewards >= 1)
     found = estimators["median"].function(inputs, ObjectiveConfig())
     assert found.tolist() == [[-1.0, 0.0, 0.0, 0.0], [0.0] * 4]
+
+
+def test_the_filter() -> None:
+    filters = dict(sample_filters.SAMPLE_FILTERS)
+    function = run_in(sample_filters, block("def keep_positive"))["keep_positive"]
+    run_in(sample_filters, block("SAMPLE_FILTERS["), SAMPLE_FILTERS=filters, keep_positive=function)
+    inputs = sample_filters.FilterInputs(torch.tensor([0.5, -1.0, 0.0]), progress=0.0)
+    assert filters["positive"](inputs, RolloutConfig()).tolist() == [True, False, False]
 
 
 def test_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,7 @@ def test_what_was_stopped_comes_first(partial_rollouts: bool) -> None:
 
 
 def test_what_was_stopped_before_its_first_token_is_still_one_request() -> None:
-    draw = Draw(0, make_prompts(1)[0], owner=0)
+    draw = Draw(0, make_prompts(1)[0], owner=0, num_samples=4)
     tokens, nothing = np.array([7], np.int32), np.empty(0, np.int32)
 
     def stopped(token_ids: np.ndarray) -> Completion:
@@ -137,7 +137,7 @@ def test_what_was_stopped_before_its_first_token_is_still_one_request() -> None:
         return Completion(token_ids, log_probs, "", "abort", ((3, len(token_ids)),))
 
     draw.replace_begun([stopped(tokens), stopped(nothing), stopped(tokens), stopped(nothing)])
-    requests = draw.requests(4)
+    requests = draw.requests()
     assert [(r.num_samples, r.begun is None, r.first) for r in requests] == [
         (2, True, 0),
         (1, False, 2),

@@ -38,6 +38,7 @@ REASONS = {
     "dropped": "dropped (group that teaches nothing)",
     "unjudged": "not trained on (could not be judged)",
     "truncated": "not trained on (cut at the length limit)",
+    "filtered_out": "not trained on (left out by rollout.sample_filter)",
 }
 
 

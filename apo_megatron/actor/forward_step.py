@@ -126,6 +126,7 @@ class TokenTerms:
             solve_rates=tokens.solve_rates,
             sequences=self._whole_sequences(tokens) if "whole_sequences" in objective.needs else None,
             statistics=objective.named_statistics(tokens.loss_statistics),
+            target_advantages=tokens.target_advantages,
         )
         return objective(inputs, tokens.loss_weights)
 

@@ -14,6 +14,7 @@ from apo_megatron.config.advantages import (
     AdvantageEstimatorName,
     PassKConfig,
     PKPOConfig,
+    RiskPOConfig,
     WReinforceConfig,
 )
 from apo_megatron.config.policy_losses import (
@@ -26,6 +27,7 @@ from apo_megatron.config.policy_losses import (
     DISPOConfig,
     DMPOConfig,
     DPPOConfig,
+    GBPOConfig,
     GPPOConfig,
     GSPOConfig,
     KLCovConfig,
@@ -53,6 +55,7 @@ class ObjectiveConfig(Section):
     passk: PassKConfig = PassKConfig()
     pkpo: PKPOConfig = PKPOConfig()
     w_reinforce: WReinforceConfig = WReinforceConfig()
+    riskpo: RiskPOConfig = RiskPOConfig()
     loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
         "token-mean", description="How token losses become one number, over the whole mini-batch."
     )
@@ -115,6 +118,7 @@ class ObjectiveConfig(Section):
     kl_cov: KLCovConfig = KLCovConfig()
     bapo: BAPOConfig = BAPOConfig()
     dmpo: DMPOConfig = DMPOConfig()
+    gbpo: GBPOConfig = GBPOConfig()
 
     @rule
     def wrong_tokens_must_not_start_clipped(self) -> str | None:

@@ -30,6 +30,7 @@ PolicyLossName = Literal[
     "bapo",
     "p3o",
     "dmpo",
+    "gbpo",
 ]
 
 
@@ -250,4 +251,14 @@ class DMPOConfig(Section):
     coeff: NonNegativeFloat = Field(2.0, description="lambda: weight of the distance; 0 = vanilla.")
     sharpness: PositiveFloat = Field(
         15.0, description="1 / alpha: the rewards' distribution is softmax(sharpness * R)."
+    )
+
+
+class GBPOConfig(Section):
+    """`loss_mode: gbpo`. The target that the ratio is drawn to."""
+
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="Smallest target 1 - clip_low.")
+    clip_high: PositiveFloat = Field(0.2, description="Largest target 1 + clip_high.")
+    temperature: PositiveFloat = Field(
+        1.0, description="The smaller, the closer targets come to the ends of that range."
     )

@@ -6,6 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from apo_megatron.config.sampling import (
+    D3SConfig,
+    KnapsackConfig,
+    SampleAllocationName,
+    SampleFilterName,
+)
 from apo_megatron.config.section import (
     FrozenList,
     NonNegativeInt,
@@ -138,6 +144,14 @@ class RolloutConfig(Section):
     mask_truncated: bool = Field(
         False, description="Do not train on answers that were cut at max_new_tokens (overlong filtering)."
     )
+    sample_filter: SampleFilterName = Field(
+        "none", description="Which samples of a step are trained on, by their advantages: docs/methods.md."
+    )
+    d3s: D3SConfig = D3SConfig()
+    allocation: SampleAllocationName = Field(
+        "uniform", description="How many samples each prompt gets, group_size on average: docs/methods.md."
+    )
+    knapsack: KnapsackConfig = KnapsackConfig()
     canary_prompts: NonNegativeInt = Field(
         4, description="Prompts whose log-probs are compared with the actor's after each update; 0 = none."
     )
@@ -154,6 +168,18 @@ class RolloutConfig(Section):
             return (
                 f"oversampling={self.oversampling:g} with engine=embedded, which is never stopped half-way: "
                 "set sglang, or 1 (or drop_zero_spread=true, which uses what is drawn)"
+            )
+        return None
+
+    @rule
+    def knapsack_can_spend_its_budget(self) -> str | None:
+        """With `allocation` = knapsack, `group_size` must lie between `knapsack.min_samples` and
+        `knapsack.max_samples`."""
+        own = self.knapsack
+        if self.allocation == "knapsack" and not own.min_samples <= self.group_size <= own.max_samples:
+            return (
+                f"group_size={self.group_size}, the average, does not lie between knapsack.min_samples="
+                f"{own.min_samples} and knapsack.max_samples={own.max_samples}: change one of them"
             )
         return None
 

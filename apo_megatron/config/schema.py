@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from apo_megatron.config.advantages import (
+    BEYOND_GROUP,
     BY_CORRECTNESS,
     BY_REWARD_TERMS,
     NEVER_NEGATIVE,
@@ -396,6 +397,37 @@ class RLConfig(Section):
             return (
                 f"objective.advantage_estimator={name} normalises several rewards one by one, "
                 f"reward.rewards has {num_terms}: list at least two, or choose grpo"
+            )
+        return None
+
+    @rule
+    def bundles_are_whole(self) -> str | None:
+        """With `objective.advantage_estimator` = riskpo, `data.prompts_per_step` must be a multiple of
+        `objective.riskpo.bundle_size`, and `rollout.allocation` uniform."""
+        size, num_prompts = self.objective.riskpo.bundle_size, self.data.prompts_per_step
+        if self.objective.advantage_estimator != "riskpo":
+            return None
+        if num_prompts % size:
+            return (
+                f"data.prompts_per_step={num_prompts} is no multiple of objective.riskpo.bundle_size={size}: "
+                f"set {num_prompts // size * size or size}, or another bundle_size"
+            )
+        if self.rollout.allocation != "uniform":
+            return (
+                f"rollout.allocation={self.rollout.allocation} with objective.advantage_estimator=riskpo, "
+                "which adds up the rewards of prompts sample by sample: set uniform"
+            )
+        return None
+
+    @rule
+    def groups_are_dropped_for_what_they_are(self) -> str | None:
+        """`rollout.drop_zero_spread` must be false with `objective.advantage_estimator` = riskpo or dcpo:
+        what a group teaches depends on others of its step, or of earlier ones."""
+        name = self.objective.advantage_estimator
+        if self.rollout.drop_zero_spread and name in BEYOND_GROUP:
+            return (
+                f"rollout.drop_zero_spread=true with objective.advantage_estimator={name}, which learns from "
+                "groups of equal rewards, too: set it to false"
             )
         return None
 

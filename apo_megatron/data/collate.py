@@ -32,6 +32,7 @@ class TrainingSequence:
     solve_rate: float | None = None  # share of right answers among those of its prompt that were judged
     group: int = -1  # the same for all samples of a prompt and for no others; -1 = unknown
     reward: float = math.nan  # raw R; NaN = unknown
+    target_advantage: float | None = None  # where the loss needs it
 
 
 @dataclass
@@ -68,14 +69,14 @@ def trained_samples(groups: Sequence[SampleGroup]) -> list[tuple[SampleGroup, Sa
     None could not be judged, or was cut at rollout.max_new_tokens and is masked (rollout.mask_truncated): its
     tokens are in no loss and in no denominator. As in DAPO's overlong filtering (arXiv 2503.14476), masking
     is done after the advantages of its group are known, so its reward counts in their baseline. Some
-    estimators leave out every sample of advantage 0.
+    estimators leave out every sample of advantage 0, and rollout.sample_filter leaves out what it likes.
     """
     return [
         (group, sample)
         for group in groups
         if any(sample.advantage for sample in group.samples)
         for sample in group.samples
-        if sample.advantage is not None and not sample.is_left_out
+        if sample.advantage is not None and not sample.is_left_out and not sample.is_filtered_out
     ]
 
 
@@ -92,6 +93,7 @@ def trained_sequences(groups: Sequence[SampleGroup]) -> list[TrainingSequence]:
             solve_rate=solve_rates[id(group)],
             group=numbers[id(group)],
             reward=math.nan if sample.reward is None else sample.reward,
+            target_advantage=sample.target_advantage,
         )
         for group, sample in trained_samples(groups)
     ]
@@ -142,6 +144,9 @@ def make_batch(
         rates = torch.tensor([sequences[row].solve_rate for row in rows], dtype=torch.float32)
         padded["solve_rates"] = rates.unsqueeze(1).expand_as(padded["loss_mask"])
     draw_seeds = rng.integers(2**63, size=len(sequences))
+    if sequences[0].target_advantage is not None:
+        targets = torch.tensor([sequences[row].target_advantage for row in rows], dtype=torch.float32)
+        padded["target_advantages"] = torch.where(padded["loss_mask"], targets.unsqueeze(1), 0.0)
     return Batch(
         sequences=PaddedSequences(
             **padded,

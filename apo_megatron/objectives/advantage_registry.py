@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from apo_megatron.config import ObjectiveConfig
@@ -24,10 +25,13 @@ from apo_megatron.objectives.advantages import (
 )
 from apo_megatron.objectives.pass_at_k_advantages import passk_advantages, pkpo_advantages
 from apo_megatron.objectives.reward_term_advantages import dvao_advantages, gdpo_advantages
+from apo_megatron.objectives.risk_advantages import riskpo_advantages, track_quantiles
+from apo_megatron.objectives.visited_advantages import dcpo_advantages, note_visits
 
 # Fields of AdvantageInputs that an estimator looks at. Terms are kept only where they are looked at.
-AdvantageNeed = Literal["rewards", "lengths", "is_correct", "reward_terms"]
+AdvantageNeed = Literal["rewards", "lengths", "is_correct", "reward_terms", "prompt_ids"]
 AdvantageFunction = Callable[[AdvantageInputs, ObjectiveConfig], Tensor]
+NextState = Callable[[AdvantageInputs, ObjectiveConfig], dict[str, Any]]  # as JSON can hold it
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class AdvantageEstimatorSpec:
     trains_on_zeros: bool = (
         True  # false: samples with A = 0 are left out, also in groups that teach something
     )
+    # Of one that keeps something: AdvantageInputs.state of the next step, from the inputs of this one.
+    next_state: NextState | None = None
+    # true: at other groups of the step or at earlier steps; a group alone does not say whether it teaches.
+    looks_beyond_group: bool = False
 
 
 def estimate_advantages(inputs: AdvantageInputs, cfg: ObjectiveConfig) -> Tensor:
@@ -49,7 +57,12 @@ def estimate_advantages(inputs: AdvantageInputs, cfg: ObjectiveConfig) -> Tensor
 
 
 def teaching_groups(inputs: AdvantageInputs, cfg: ObjectiveConfig) -> Tensor:
-    """Groups with an advantage that is not 0, [P] bool: the others are left out of training."""
+    """Groups with an advantage that is not 0, [P] bool: the others are left out of training.
+
+    All of them where that depends on other groups, of the step or of earlier ones, which are not there.
+    """
+    if ADVANTAGE_ESTIMATORS[cfg.advantage_estimator].looks_beyond_group:
+        return torch.ones(len(inputs.rewards), dtype=torch.bool, device=inputs.rewards.device)
     return estimate_advantages(inputs, cfg).ne(0).any(dim=1)
 
 
@@ -99,4 +112,18 @@ ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimatorSpec] = {
     "pkpo": AdvantageEstimatorSpec(lambda x, cfg: pkpo_advantages(x.rewards, cfg.pkpo.k), settings="pkpo"),
     "gdpo": AdvantageEstimatorSpec(_gdpo, _TERMS),
     "dvao": AdvantageEstimatorSpec(_dvao, _TERMS),
+    "riskpo": AdvantageEstimatorSpec(
+        lambda x, cfg: riskpo_advantages(x.rewards, cfg.riskpo, x.state),
+        settings="riskpo",
+        uniform_groups_teach=True,
+        next_state=lambda x, cfg: track_quantiles(x.rewards, cfg.riskpo, x.state),
+        looks_beyond_group=True,
+    ),
+    "dcpo": AdvantageEstimatorSpec(
+        lambda x, cfg: dcpo_advantages(x.rewards, x.prompt_ids, x.state),
+        frozenset({"rewards", "prompt_ids"}),
+        uniform_groups_teach=True,
+        next_state=lambda x, cfg: note_visits(x.rewards, x.prompt_ids, x.state),
+        looks_beyond_group=True,
+    ),
 }

@@ -11,7 +11,9 @@ all of them in ``advantage_registry.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,8 @@ class AdvantageInputs:
     is_correct: Tensor  # [P, G] bool; false where not judged. Rewards may be shaped, this is not
     reward_terms: Tensor | None = None  # [P, G, R] float, one for each reward; NaN where one was not judged
     term_weights: Tensor | None = None  # [R] float, rewards = sum of weight x term (unless shaped)
+    prompt_ids: Sequence[str] | None = None  # [P]
+    state: Mapping[str, Any] | None = None  # what was kept of the steps before; nothing yet: None or {}
 
 
 def mixed_groups(rewards: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ Need = Literal[
     "reference_topk",  # log pi_ref and log pi_theta at the reference's Top-K (apo_topk), on all tokens
     "policy_topk",  # log pi_theta at its own Top-K, PolicyLossSpec.policy_topk of them
     "solve_rates",
+    "target_advantages",
 ]
 
 
@@ -56,6 +57,7 @@ class LossInputs:
     sampled_is_likeliest: Tensor | None = None  # [T] bool, y is the first of the policy's Top-K
     solve_rates: Tensor | None = None  # share of right answers to the prompt of the token
     statistics: dict[str, Tensor] = field(default_factory=dict)  # what the loss's BatchStatistics found
+    target_advantages: Tensor | None = None  # of the sample, beside A (target_advantages.py)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from apo_megatron.objectives.policy_losses.batch_wide import (
     kl_cov,
     p3o,
 )
+from apo_megatron.objectives.policy_losses.bounded_ratio import gbpo
 from apo_megatron.objectives.policy_losses.clipped import dcpo_clip, gppo, sapo, vanilla
 from apo_megatron.objectives.policy_losses.matching import GROUP_DISTANCES, dmpo
 from apo_megatron.objectives.policy_losses.sequence_level import ctpo, gspo, vespo
@@ -59,5 +60,6 @@ POLICY_LOSSES: dict[str, PolicyLossSpec] = {
     "bapo": PolicyLossSpec(bapo, statistics=BAPO_BOUNDS),
     "p3o": PolicyLossSpec(p3o, statistics=SAMPLE_SIZE),
     "dmpo": PolicyLossSpec(dmpo, statistics=GROUP_DISTANCES, whole_groups=True),
+    "gbpo": PolicyLossSpec(gbpo, needs=frozenset({"target_advantages"})),
     "supervised": PolicyLossSpec(supervised, uses_rollouts=False),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,8 @@ from apo_megatron.data.prompts import PromptLoader
 from apo_megatron.rollout.engine import SampleRequest
 from apo_megatron.rollout.gathering import SampleColumns
 from apo_megatron.types import Completion, Prompt, SampleGroup
+
+Allocate = Callable[[Sequence[Prompt]], Sequence[int]]  # samples of each prompt that is begun
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,14 @@ class Draw:
     number: int  # in the order of drawing
     prompt: Prompt
     owner: int  # rank
+    num_samples: int
     completions: list[Completion] = field(default_factory=list)  # "abort": begun, goes on
     group: SampleGroup | None = None  # scored, once it is complete
     verdict: Verdict | None = None  # None: open
 
-    def requests(self, group_size: int) -> list[SampleRequest]:
+    def requests(self) -> list[SampleRequest]:
         """What is missing: new completions, and the rest of those that were begun."""
-        num_new = group_size - len(self.completions)
+        num_new = self.num_samples - len(self.completions)
         new = [SampleRequest(self.prompt, num_new)] if num_new else []
         begun = [c for c in self.completions if c.finish_reason == "abort"]
         return new + [SampleRequest(self.prompt, 1, c, num_new + i) for i, c in enumerate(begun)]
@@ -46,10 +49,10 @@ class Draw:
         finished = [c for c in self.completions if c.finish_reason != "abort"]
         self.completions = finished + [c for c in drawn if len(c.token_ids)]
 
-    def is_complete(self, group_size: int) -> bool:
+    def is_complete(self) -> bool:
         """Whether all completions are there, none of them cut (known to the owner)."""
         reasons = [completion.finish_reason for completion in self.completions]
-        return len(reasons) == group_size and "abort" not in reasons
+        return len(reasons) == self.num_samples and "abort" not in reasons
 
     def oldest_version(self) -> int:
         """Of any token of its completions (known to the owner)."""
@@ -71,24 +74,24 @@ class Draws:
     Its state are their ids: completions are not saved, so what was under way is drawn anew after a resume.
     """
 
-    def __init__(self, prompts: PromptLoader, num_ranks: int) -> None:
-        self._prompts, self._num_ranks = prompts, num_ranks
+    def __init__(self, prompts: PromptLoader, num_ranks: int, allocate: Allocate) -> None:
+        self._prompts, self._num_ranks, self._allocate = prompts, num_ranks, allocate
         self._waiting: deque[Prompt] = deque()  # given back; they come before new ones
         self._draws: dict[int, Draw] = {}  # by number, in order
         self._next_number = 0
 
     def begin(self, count: int) -> list[Draw]:
-        """Draws of ``count`` more prompts, each at the rank that has the fewest open ones."""
+        """Draws of ``count`` more prompts, each at the rank that has the fewest samples of open ones."""
         loads = [0] * self._num_ranks
         for draw in self.open():
-            loads[draw.owner] += 1
+            loads[draw.owner] += draw.num_samples
         num_new = max(0, count - len(self._waiting))
         prompts = [self._waiting.popleft() for _ in range(count - num_new)] + self._prompts.take(num_new)
         begun = []
-        for prompt in prompts:
+        for prompt, num_samples in zip(prompts, self._allocate(prompts), strict=True):
             owner = loads.index(min(loads))
-            loads[owner] += 1
-            begun.append(Draw(self._next_number, prompt, owner))
+            loads[owner] += num_samples
+            begun.append(Draw(self._next_number, prompt, owner, num_samples))
             self._draws[self._next_number] = begun[-1]
             self._next_number += 1
         return begun

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,13 +17,17 @@ from apo_megatron.objectives.advantage_registry import (
     teaching_groups,
 )
 from apo_megatron.objectives.advantages import MIN_SPREAD, AdvantageInputs
+from apo_megatron.objectives.registry import POLICY_LOSSES
+from apo_megatron.objectives.target_advantages import median_normalized_rewards
 from apo_megatron.rewards.interface import TermReward, score_batch
 from apo_megatron.rewards.overlong import shaped_rewards
 from apo_megatron.rewards.registry import Reward
+from apo_megatron.rollout.advantage_state import AdvantageState
 from apo_megatron.rollout.engine import SamplingParams
 from apo_megatron.rollout.sampling import sampling_params
 from apo_megatron.types import Completion, Prompt, SampleGroup
 
+T = TypeVar("T")
 _MAX_STEPS = 1_000_003  # prime: seeds of neighbouring runs do not meet
 _ROUND_SEEDS = 65_537  # apart in the run's seed: a prompt may come again in a later round of a step
 
@@ -77,24 +82,37 @@ def groups_that_teach(groups: Sequence[SampleGroup], cfg: RLConfig) -> list[bool
     return found
 
 
-def assign_advantages(groups: Sequence[SampleGroup], cfg: RLConfig) -> None:
+def assign_advantages(
+    groups: Sequence[SampleGroup], cfg: RLConfig, state: AdvantageState | None = None
+) -> None:
     """Fill in the advantages, from shaped rewards. Samples that are not trained on keep None: those without
-    a judgement, and with rollout.mask_truncated those that were cut, whose rewards count in their group."""
+    a judgement, and with rollout.mask_truncated those that were cut, whose rewards count in their group.
+
+    ``state`` is what the estimator kept of the steps before, and then what it keeps for the next one.
+    """
     rewards, lengths = _rewards_and_lengths(groups)
     shaped = shaped_rewards(rewards, lengths, cfg.reward, cfg.rollout.max_new_tokens)
     is_masked = torch.zeros_like(rewards, dtype=torch.bool)
     if cfg.rollout.mask_truncated:
         cut = [[sample.completion.finish_reason == "length" for sample in g.samples] for g in groups]
-        is_masked = torch.from_numpy(np.array(cut))
+        is_masked = torch.from_numpy(np.array(_filled(cut, False)))
     # Length 0: without a weight where the estimator weighs by tokens.
     inputs = _inputs(groups, shaped, rewards, lengths.masked_fill(is_masked, 0), cfg)
+    estimator = ADVANTAGE_ESTIMATORS[cfg.objective.advantage_estimator]
+    if state is not None:
+        inputs = replace(inputs, state=state.values)
     advantages = estimate_advantages(inputs, cfg.objective)
+    if state is not None and estimator.next_state is not None:
+        state.values = estimator.next_state(inputs, cfg.objective)
     is_trained = ~rewards.isnan() & ~is_masked
-    trains_on_zeros = ADVANTAGE_ESTIMATORS[cfg.objective.advantage_estimator].trains_on_zeros
     for group, row, trained in zip(groups, advantages.tolist(), is_trained.tolist(), strict=True):
-        for sample, advantage, is_on in zip(group.samples, row, trained, strict=True):
+        for sample, advantage, is_on in zip(group.samples, row, trained, strict=False):  # filled up
             sample.advantage = advantage if is_on else None
-            sample.is_left_out = is_on and advantage == 0 and not trains_on_zeros
+            sample.is_left_out = is_on and advantage == 0 and not estimator.trains_on_zeros
+    if "target_advantages" in POLICY_LOSSES[cfg.objective.loss_mode].needs:
+        for group, row in zip(groups, median_normalized_rewards(shaped).tolist(), strict=True):
+            for sample, target in zip(group.samples, row, strict=False):
+                sample.target_advantage = target
 
 
 def group_metrics(groups: Sequence[SampleGroup], cfg: RLConfig) -> dict[str, float]:
@@ -128,10 +146,12 @@ def _inputs(
     cfg: RLConfig,
 ) -> AdvantageInputs:
     """What the estimator may look at; right is what ``rewards`` say, also where they are shaped."""
-    inputs = AdvantageInputs(shaped, lengths, rewards >= 1)
+    names = [group.prompt.prompt_id for group in groups]
+    inputs = AdvantageInputs(shaped, lengths, rewards >= 1, prompt_ids=names)
     if not _looks_at_terms(cfg.objective):
         return inputs
-    terms = np.array([[sample.reward_terms for sample in group.samples] for group in groups], np.float32)
+    said = [[sample.reward_terms for sample in group.samples] for group in groups]
+    terms = np.array(_filled(said, (np.nan,) * len(cfg.reward.rewards)), np.float32)
     weights = torch.tensor([term.weight for term in cfg.reward.rewards])
     return replace(inputs, reward_terms=torch.from_numpy(terms), term_weights=weights)
 
@@ -141,8 +161,20 @@ def _looks_at_terms(cfg: ObjectiveConfig) -> bool:
 
 
 def _rewards_and_lengths(groups: Sequence[SampleGroup]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewards [P, G] fp32, NaN where not judged, and response lengths [P, G] int64 in tokens."""
+    """Rewards [P, G] fp32, NaN where not judged, and response lengths [P, G] int64 in tokens.
+
+    G is the size of the largest group; the others are filled up with samples of no token, not judged.
+    """
     rewards = [[sample.reward for sample in group.samples] for group in groups]
     lengths = [[len(sample.completion.token_ids) for sample in group.samples] for group in groups]
     # Through NumPy: torch looks at nested lists ten times as long.
-    return torch.from_numpy(np.array(rewards, np.float32)), torch.from_numpy(np.array(lengths, np.int64))
+    return (
+        torch.from_numpy(np.array(_filled(rewards, np.nan), np.float32)),
+        torch.from_numpy(np.array(_filled(lengths, 0), np.int64)),
+    )
+
+
+def _filled(rows: list[list[T]], value: T) -> list[list[T]]:
+    """The rows, the shorter ones filled up with ``value`` at their ends."""
+    length = max(len(row) for row in rows)
+    return [row + [value] * (length - len(row)) for row in rows]

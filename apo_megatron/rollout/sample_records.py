@@ -31,8 +31,9 @@ _BUFFER_BYTES = 2**20  # compressed at a time, while other threads run
 
 # Why a sample is not trained on: its group has equal rewards; it has not, but the estimator gives the group,
 # or this sample alone, advantage 0 and leaves it out; the group teaches nothing and was dropped for another;
-# it could not be judged; it was cut at rollout.max_new_tokens (rollout.mask_truncated).
-NotTrained = Literal["equal_rewards", "zero_advantage", "dropped", "unjudged", "truncated"]
+# it could not be judged; it was cut at rollout.max_new_tokens (rollout.mask_truncated); it was left out by
+# rollout.sample_filter.
+NotTrained = Literal["equal_rewards", "zero_advantage", "dropped", "unjudged", "truncated", "filtered_out"]
 
 
 class SampleRecord(BaseModel):
@@ -156,6 +157,8 @@ def _reason(sample: Sample, group: SampleGroup) -> NotTrained:
         return "unjudged"
     if sample.advantage is None:
         return "truncated"
+    if sample.is_filtered_out:
+        return "filtered_out"
     return "zero_advantage" if is_mixed(group) else "equal_rewards"
 
 

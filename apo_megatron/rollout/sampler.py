@@ -11,6 +11,7 @@ Then all ranks agree which groups the step trains on, and get them all.
                most advantage estimators are those of equal rewards
 
 Every prompt that is taken from the data is trained on once, or dropped once because its group taught nothing.
+How many samples it gets is decided when its draw begins (``allocation.py``).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from apo_megatron.errors import RolloutError
 from apo_megatron.parallel.collectives import all_gather_objects
 from apo_megatron.parallel.world import World
 from apo_megatron.rewards.registry import Reward
+from apo_megatron.rollout.allocation import SampleAllocator
 from apo_megatron.rollout.draws import Draw, Draws, Verdict
 from apo_megatron.rollout.engine import Generation, Progress, RolloutEngine
 from apo_megatron.rollout.gathering import SampleColumns, gather_groups
@@ -84,7 +86,8 @@ class GroupSampler:
         parallel: World,
     ) -> None:
         self._engine, self._reward, self._cfg, self._parallel = engine, reward, cfg, parallel
-        self._draws = Draws(prompts, parallel.world)
+        self._allocator = SampleAllocator(cfg.rollout)
+        self._draws = Draws(prompts, parallel.world, self._allocator.allocate)
         self._round: _Round | None = None
         self._counts = StepCounts()  # of the step that is being drawn
         self._progress = LateProgress()
@@ -141,13 +144,18 @@ class GroupSampler:
             self._start(draws, ahead.step, needed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Prompts that were taken from the data but not used up; belongs to the state of the data."""
-        return self._draws.state_dict()
+        """Prompts that were taken from the data but not used up; belongs to the state of the data.
+
+        Also how often prompts were solved, where that decides how many samples they get.
+        """
+        known = self._allocator.success_rates
+        return self._draws.state_dict() | ({"success_rates": dict(known)} if known else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Draw what was under way anew, before other prompts. Raises CheckpointError for other data."""
         assert self._round is None, "nothing may be under way"
         self._draws.load_state_dict(state)
+        self._allocator.success_rates = dict(state.get("success_rates", {}))
 
     def _num_needed(self) -> int:
         """Complete groups that the next round should add; 0: the step has what it needs."""
@@ -177,7 +185,7 @@ class GroupSampler:
         sampling = step_sampling(self._cfg, step, self._counts.num_starts)
         self._counts.num_starts += 1
         own = [draw for draw in draws if draw.owner == self._parallel.rank]
-        requests = [draw.requests(sampling.num_samples) for draw in own]
+        requests = [draw.requests() for draw in own]
         everything = [request for of_draw in requests for request in of_draw]
         generation = start_generation(self._engine, everything, sampling, self._progress)
         counts = [len(of_draw) for of_draw in requests]
@@ -232,7 +240,7 @@ class GroupSampler:
             check_versions(draw.prompt, drawn, oldest_allowed, newest)
             draw.replace_begun(drawn)
             num_stale += draw.drop_older(oldest)
-            if draw.is_complete(rollout.group_size):
+            if draw.is_complete():
                 draw.group = SampleGroup(draw.prompt, [Sample(c) for c in draw.completions])
                 complete.append(draw)
         groups = [draw.group for draw in complete if draw.group is not None]
@@ -258,6 +266,9 @@ class GroupSampler:
         dropped = rejected[len(fillers) :]
         self._counts.num_zero_spread = len(dropped)
         self._draws.use_up(chosen + dropped)
+        for draw in chosen + dropped:
+            if draw.verdict is not None:
+                self._allocator.note(draw.prompt, draw.verdict.columns.rewards)
         return chosen, dropped
 
     def _drop_older(self, oldest_version: int) -> None:

@@ -31,6 +31,7 @@ class StepCounts:
         return {
             "rollout/staleness": sum(ages) / len(ages),
             "rollout/max_staleness": float(max(ages)),
+            "rollout/largest_group": float(max(len(group.samples) for group in groups)),
             "rollout/num_prompts_drawn": float(self.num_prompts_drawn),
             "rollout/num_refills": float(max(0, self.num_rounds - 1)),
             "rollout/num_groups_zero_spread": float(self.num_zero_spread),

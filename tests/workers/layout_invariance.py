@@ -45,6 +45,7 @@ def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelC
             s.get("solve_rate"),
             group=s.get("group", -1),
             reward=s.get("reward", math.nan),
+            target_advantage=s.get("target_advantage"),
         )
         for s in payload["sequences"]
     ]

@@ -1,0 +1,81 @@
+"""How many samples each prompt of a round gets; ``rollout/sampler.py`` asks.
+
+A new rule is a function, a line in ``SAMPLE_ALLOCATIONS``, a name in ``config/sampling.py`` (with a section
+where it has settings), a row in docs/methods.md and its definition in tests/test_sample_allocations.py.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from apo_megatron.config.rollout import RolloutConfig
+
+# Share of right answers when a prompt was last drawn; None: it never was.
+SuccessRates = Sequence[float | None]
+
+
+@dataclass(frozen=True)
+class SampleAllocationSpec:
+    """A rule and what must be known for it; what is not declared is not kept."""
+
+    function: Callable[[SuccessRates, RolloutConfig], list[int]]  # samples of each prompt of a round
+    needs_success_rates: bool = False
+
+
+def knapsack(success_rates: SuccessRates, cfg: RolloutConfig) -> list[int]:
+    """Knapsack RL (arXiv 2509.25849): the samples of a round go where they are likeliest to teach. [code]
+
+    Experimental: without the authors' fallback. Maximises the sum of ``group_value`` over the prompts with a
+    known success rate, each with ``min_samples`` to ``max_samples``, group_size on average; a prompt without
+    one gets group_size. What nobody gains by goes to those that have the fewest, in their order.
+    """
+    known = [i for i, p in enumerate(success_rates) if p is not None]
+    rates = [p for p in success_rates if p is not None]
+    own = cfg.knapsack
+    chosen = best_allocation(rates, len(rates) * cfg.group_size, own.min_samples, own.max_samples)
+    counts = [cfg.group_size] * len(success_rates)
+    for i, count in zip(known, chosen, strict=True):
+        counts[i] = count
+    return counts
+
+
+def best_allocation(rates: Sequence[float], budget: int, smallest: int, largest: int) -> list[int]:
+    """Counts in [smallest, largest] that add up to ``budget`` and maximise the sum of ``group_value``.
+
+    Step by step to whoever gains most. That is exact: the gain of one more sample, w (p^n q + q^n p) with
+    q = 1 - p and a weight w >= 0, never grows with n. Of equal gains that of the smallest count comes first,
+    then that of the first prompt.
+    """
+    assert len(rates) * smallest <= budget <= len(rates) * largest, "a rule of the configuration sees to it"
+    counts = [smallest] * len(rates)
+    queue = [(-_gain(p, smallest), smallest, i) for i, p in enumerate(rates)]
+    heapq.heapify(queue)
+    for _ in range(budget - len(rates) * smallest):
+        _, count, i = heapq.heappop(queue)
+        counts[i] = count + 1
+        if counts[i] < largest:
+            heapq.heappush(queue, (-_gain(rates[i], counts[i]), counts[i], i))
+    return counts
+
+
+def group_value(success_rate: float, num_samples: int) -> float:
+    """(1 - p^n - (1 - p)^n) p (1 - p)^2: the chance of right and wrong answers, by what they teach."""
+    p, n = success_rate, num_samples
+    return (1 - p**n - (1 - p) ** n) * p * (1 - p) ** 2
+
+
+def _gain(p: float, num_samples: int) -> float:
+    """group_value(p, n + 1) - group_value(p, n), without the rounding of the difference."""
+    return (p**num_samples * (1 - p) + (1 - p) ** num_samples * p) * p * (1 - p) ** 2
+
+
+def _uniform(success_rates: SuccessRates, cfg: RolloutConfig) -> list[int]:
+    return [cfg.group_size] * len(success_rates)
+
+
+SAMPLE_ALLOCATIONS: dict[str, SampleAllocationSpec] = {
+    "uniform": SampleAllocationSpec(_uniform),
+    "knapsack": SampleAllocationSpec(knapsack, needs_success_rates=True),
+}
