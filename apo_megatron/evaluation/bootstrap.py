@@ -39,8 +39,8 @@ def two_way_interval(values: ArrayLike, num_resamples: int, seed: int, level: fl
     """[2] (low, high): bootstrap interval of the mean of [P, S] ``values``, over problems and over seeds.
 
     Problems and seeds are drawn with replacement, each on their own, and the mean is over the grid of both:
-    Owen's pigeonhole bootstrap (2007, doi 10.1214/07-AOAS122), percentiles. It says how far other problems and other
-    seeds could move the mean; a few seeds do not tell well how much seeds differ, and give too little.
+    Owen's pigeonhole bootstrap (2007, doi 10.1214/07-AOAS122), percentiles. It says how far other problems
+    and other seeds could move the mean; a few seeds do not tell well how much seeds differ: it is too narrow.
     With one seed only the problems count.
 
     Raises ValueError as ``bootstrap_interval``, and unless ``values`` are [P, S].

@@ -20,7 +20,6 @@ after what has finished; what failed is shown as failed, and tried again the nex
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import shutil
 import signal
@@ -34,13 +33,29 @@ from compare_results import MethodRuns, TrialRun, best_trial, shown, write_resul
 from methods import METHODS, Method, Trial, trials
 from report import Counts, read_counts
 from side_by_side import Executor, Workers, run_all
-from stages import BASE, HERE, ROOT, Progress, Stage, StageFailed, data_stage, program, sft_stage, short
+from stages import (
+    BASE,
+    HERE,
+    Progress,
+    Stage,
+    StageFailed,
+    data_stage,
+    program,
+    relative,
+    sft_stage,
+    short,
+)
 
 from apo_megatron.telemetry.progress import duration
 
 BASE_TEST = "base_test"
-NUM_VALIDATION, NUM_TEST = 200, 400
-QUICK_PROBLEMS = 8
+DATA = ("--num-validation", "200", "--num-test", "400")
+QUICK_DATA = (
+    *("--num-demonstrations", "25600", "--num-train", "256", "--num-heldout", "8"),
+    *("--num-validation", "8", "--num-test", "8"),
+)
+# A base that solves a few per cent: groups are mixed, and runs learn.
+QUICK_BASE = ("train.num_steps=100", "optimizer.lr=4e-3", "optimizer.lr_warmup_steps=10")
 QUICK_MEASUREMENT = ("evaluation.num_samples=16", "evaluation.ks=[1, 16]")
 QUICK_RUN = (
     "train.num_steps=2",
@@ -80,9 +95,7 @@ class Comparison:
                     _remove_all_but(stage.folder.parent, keep)
             failures = self._run(stages)
             if failures:
-                raise StageFailed(
-                    f"without it there is nothing to compare: {'; '.join(failures.values())}", 1
-                )
+                raise StageFailed(f"nothing can be compared: {'; '.join(failures.values())}", 1)
 
     def tune(self, methods: Mapping[str, Method], seed: int) -> dict[str, list[TrialRun]]:
         """All trials of all methods on one seed's validation problems."""
@@ -139,12 +152,12 @@ class Comparison:
         return self.failures.get(stage.folder, "")
 
     def _data(self, seed: int) -> Stage:
-        sizes = (QUICK_PROBLEMS, QUICK_PROBLEMS) if self.quick else (NUM_VALIDATION, NUM_TEST)
-        options = ("--num-validation", str(sizes[0]), "--num-test", str(sizes[1]))
-        return data_stage(self.folder(seed) / "data", seed, self.quick, options)
+        options = QUICK_DATA if self.quick else DATA
+        return data_stage(self.folder(seed) / "data", seed, options)
 
     def _base(self, seed: int) -> Stage:
-        return sft_stage(self.folder(seed) / BASE, seed, 1, self.quick, "cold start")
+        overrides = QUICK_BASE if self.quick else ()
+        return sft_stage(self.folder(seed) / BASE, seed, 1, overrides, "cold start")
 
     def _base_test(self, seed: int) -> Stage:
         folder = self.folder(seed) / BASE_TEST
@@ -158,7 +171,7 @@ class Comparison:
         config = ("--config", str(HERE / "evaluate.yaml"))
         command = (sys.executable, "-m", "apo_megatron.evaluate", *config, *overrides)
         title = f"Pass@K of the base (seed {seed})"
-        return Stage(title, "evaluation", folder, _relative(command), (folder / "results.json",))
+        return Stage(title, "evaluation", folder, relative(command), (folder / "results.json",))
 
     def _training(self, name: str, seed: int, trial: Trial, is_tuning: bool = False) -> Stage:
         method, of_seed = METHODS[name], self.folder(seed)
@@ -177,10 +190,6 @@ class Comparison:
         command = program(1, "apo_megatron.train", HERE / "compare.yaml", overrides)
         title = f"{name} {tried} ({'tuning' if is_tuning else f'seed {seed}'})"
         return Stage(title, "run", folder, command, (folder / "evaluation_final.json",))
-
-
-def _relative(command: Sequence[str]) -> tuple[str, ...]:
-    return tuple(part.replace(f"{ROOT}{os.sep}", "") for part in command)
 
 
 def _remove_all_but(folder: Path, keep: Sequence[str] | None) -> None:
@@ -250,7 +259,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", default="runs/compare", help="where everything goes (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME",
                         help=f"default: all of {', '.join(METHODS)}")  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data, base and sampling")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and base")
     parser.add_argument("--tune", action="store_true", help="six trials a method first")
     parser.add_argument(
         "--tuning-seed", type=int, default=3, help="seed of the trials (default: %(default)s)"

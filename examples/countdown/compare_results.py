@@ -1,4 +1,4 @@
-"""From finished runs of compare.py to results.json, table.md, frontier.png and the section of docs/methods.md."""
+"""From the runs of compare.py to results.json, table.md, frontier.png and a section of docs/methods.md."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def score(counts: Counts) -> float:
 def best_trial(runs: Sequence[TrialRun]) -> Trial | None:
     """The trial with the largest score, the first of equals; None where all failed."""
     finished = [run for run in runs if run.counts is not None]
-    return max(finished, key=lambda run: score(run.counts)).trial if finished else None  # type: ignore[arg-type]
+    return max(finished, key=lambda run: score(run.counts)).trial if finished else None
 
 
 def mean_pass_at(counts: Counts, k: int) -> float:
@@ -229,10 +229,10 @@ def caption(results: Mapping[str, Any]) -> str:
     ]
     return " ".join(
         [
-            f"Pass@K in per cent on {settings['num_problems']} test problems, {settings['num_samples']} samples "
-            f"each; mean ± standard deviation over the seeds {', '.join(map(str, seeds))}, each with a base of "
-            "its own. Differences in points, paired; [95 % interval: bootstrap over problems and seeds, which "
-            "so few seeds make too narrow].",
+            f"Pass@K in per cent on {settings['num_problems']} test problems, {settings['num_samples']} "
+            f"samples each; mean ± standard deviation over the seeds {', '.join(map(str, seeds))}, each with "
+            "a base of its own. Differences in points, paired; [95 % interval: bootstrap over problems and "
+            "seeds, which so few seeds make too narrow].",
             tuned,
             *failed,
         ]

@@ -55,6 +55,8 @@ SGLANG = (
     f"rollout.sglang.python={SGLANG_PYTHON}",
     "rollout.sglang.server_args=[--max-running-requests, '256']",
 )
+QUICK_DATA = ("--num-demonstrations", "15360", "--num-train", "64", "--num-heldout", "8")
+QUICK_SFT = ("train.num_steps=60", "optimizer.lr_warmup_steps=0")
 QUICK_RL = (
     "train.num_steps=2",
     "data.prompts_per_step=16",
@@ -122,8 +124,8 @@ def run_stage(stage: Stage, progress: Progress, fresh: bool) -> bool:
 
 def run_seed(folder: Path, seed: int, options: argparse.Namespace, progress: Progress) -> None:
     """All stages of one seed. A stage that ran makes what was built on it out of date: that is removed."""
-    data = data_stage(folder / "data", seed, options.quick)
-    sft = sft_stage(folder / BASE, seed, options.nproc, options.quick)
+    data = data_stage(folder / "data", seed, QUICK_DATA if options.quick else ())
+    sft = sft_stage(folder / BASE, seed, options.nproc, QUICK_SFT if options.quick else ())
     for stage, built_on_it in ((data, (BASE, *METHODS)), (sft, tuple(METHODS))):
         if run_stage(stage, progress, options.fresh):
             for name in built_on_it:

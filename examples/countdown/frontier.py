@@ -59,10 +59,7 @@ def frontier_picture(points: Sequence[Point], path: Path, num_samples: int) -> l
             _draw_family(axis, [point for point in points if point.family == family], family)
         axis.set_xlabel("Pass@1 (%)")
         axis.set_ylabel(f"Pass@{num_samples} (%)")
-        axis.set_title(
-            "Countdown, test problems: to the right is a better single answer, up is more problems within reach",
-            fontsize=11,
-        )
+        axis.set_title("Countdown, test problems: right = better single answers, up = more within reach")
         axis.margins(0.07)
         axis.legend(loc="lower left", fontsize=9)
         boxes = _place_labels(figure, axis, points)
@@ -104,7 +101,8 @@ def _place_labels(figure: Figure, axis: Axes, points: Sequence[Point]) -> list[B
         extent = text.get_window_extent()
         box = _free_place(x, y, extent.width, extent.height, scale, taken, frame)
         text.set_transform(axis.transData)
-        text.set_position(axis.transData.inverted().transform((box.x0, box.y0)))
+        corner = axis.transData.inverted().transform((box.x0, box.y0))
+        text.set_position((float(corner[0]), float(corner[1])))
         near = (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
         if math.dist(near, (x, y)) > 12 * scale:
             (x0, y0), (x1, y1) = axis.transData.inverted().transform([(x, y), near])
@@ -117,7 +115,7 @@ def _place_labels(figure: Figure, axis: Axes, points: Sequence[Point]) -> list[B
 def _free_place(
     x: float, y: float, width: float, height: float, scale: float, taken: Sequence[Bbox], frame: Bbox
 ) -> Bbox:
-    """The nearest box of this size around (x, y) that overlaps least with ``taken`` and stays in ``frame``."""
+    """The nearest box of this size around (x, y) that overlaps least with ``taken``, inside ``frame``."""
     best, least = Bbox.from_bounds(x, y, width, height), math.inf
     for distance in DISTANCES:
         for i in range(NUM_DIRECTIONS):

@@ -234,11 +234,11 @@ def prepare(
         write_jsonl(aside / "sft.jsonl", demonstration_rows(num_demonstrations, seed))
         write_jsonl(aside / "train.jsonl", problem_rows(train, "train"))
         write_jsonl(aside / "heldout.jsonl", problem_rows(heldout, "heldout"))
-        for half, (name, count) in enumerate((("validation", num_validation), ("test", num_test))):
+        for half, (part, count) in enumerate((("validation", num_validation), ("test", num_test))):
             if count:
                 rng = np.random.default_rng([heldout_seed, 4 + half])
-                rows = problem_rows(fresh_problems(count, rng, half, heldout), name)
-                write_jsonl(aside / f"{name}.jsonl", rows)
+                rows = problem_rows(fresh_problems(count, rng, half, heldout), part)
+                write_jsonl(aside / f"{part}.jsonl", rows)
         write_initial_model(aside / "init", seed)
         write_tokenizer(aside / "init")
         files = sorted(path.relative_to(aside) for path in aside.rglob("*") if path.is_file())

@@ -7,6 +7,7 @@ then forks for every command that it is given.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -23,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Protocol
+from typing import IO, NoReturn, Protocol
 
 from stages import ROOT, Progress, Stage, short
 
@@ -195,6 +196,7 @@ def serve(cores: Sequence[int]) -> None:
     os.sched_setaffinity(0, cores)
     for module in PRELOADED:
         importlib.import_module(module)
+    gc.freeze()  # a fork that collected what was imported would copy all of it
     for line in sys.stdin:
         command, log = json.loads(line)
         child = os.fork()
@@ -204,7 +206,7 @@ def serve(cores: Sequence[int]) -> None:
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-def _become(command: Sequence[str], log: str) -> None:
+def _become(command: Sequence[str], log: str) -> NoReturn:
     """Run ``python -m MODULE ...`` or ``python SCRIPT ...`` in this process, and end it."""
     output, nothing = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (output, 1), (output, 2)):
@@ -218,11 +220,13 @@ def _become(command: Sequence[str], log: str) -> None:
             runpy.run_path(command[1], run_name="__main__")
             code = 0
     except SystemExit as end:
-        code = end.code
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # taking down the interpreter takes longer than a short run
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,6 @@ EXPECTED_SECONDS = {
     "evaluation": 20.0,
     "run": 50.0,
 }
-
-QUICK_DATA = ("--num-demonstrations", "15360", "--num-train", "64", "--num-heldout", "8")
-QUICK_SFT = ("train.num_steps=60", "optimizer.lr_warmup_steps=0")
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Progress:
         self._left = Counter(kinds)
         self._total = len(kinds)
         self._side_by_side = side_by_side
-        self._measured: dict[str, float] = {}
+        self._measured: defaultdict[str, list[float]] = defaultdict(list)
         self._started = time.monotonic()
 
     @property
@@ -90,8 +88,11 @@ class Progress:
     @property
     def seconds_left(self) -> float:
         """The estimate."""
-        each = (count * self._measured.get(k, EXPECTED_SECONDS[k]) for k, count in self._left.items())
-        return sum(each) / self._side_by_side
+        seconds = sum(
+            count * statistics.fmean(self._measured[kind] or [EXPECTED_SECONDS[kind]])
+            for kind, count in self._left.items()
+        )
+        return seconds / self._side_by_side
 
     @property
     def counter(self) -> str:
@@ -108,29 +109,29 @@ class Progress:
         """One stage is done; ``seconds`` None = it was already finished."""
         self._left[kind] -= 1
         if seconds is not None:
-            self._measured[kind] = seconds
+            self._measured[kind].append(seconds)
 
 
-def data_stage(folder: Path, seed: int, quick: bool, options: Sequence[str] = ()) -> Stage:
+def data_stage(folder: Path, seed: int, options: Sequence[str] = ()) -> Stage:
     """prepare.py into ``folder``, with further ``options``."""
     command = (sys.executable, str(HERE / "prepare.py"), "--out", str(folder), "--seed", str(seed))
     return Stage(
         f"problems and demonstrations (seed {seed})",
         "data",
         folder,
-        relative((*command, *(QUICK_DATA if quick else ()), *options)),
+        relative((*command, *options)),
         (folder / "heldout.jsonl", folder / "init" / "config.json"),
     )
 
 
-def sft_stage(folder: Path, seed: int, nproc: int, quick: bool, kind: str = "sft") -> Stage:
-    """The cold start of the untrained model in the folder "data" beside ``folder``."""
+def sft_stage(folder: Path, seed: int, nproc: int, quick: Sequence[str] = (), kind: str = "sft") -> Stage:
+    """The cold start of the untrained model in the folder "data" beside ``folder``; ``quick``: overrides."""
     overrides = (
         f"model.hf_path={folder.parent / 'data' / 'init'}",
         f"data.train_path={folder.parent / 'data' / 'sft.jsonl'}",
         f"train.run_dir={folder}",
         f"train.seed={seed}",
-        *(QUICK_SFT if quick else ()),
+        *quick,
     )
     command = program(nproc, "apo_megatron.sft", HERE / "sft.yaml", overrides)
     return Stage(f"cold start (seed {seed})", kind, folder, command, (folder / "hf" / "config.json",))
