@@ -104,6 +104,9 @@ def test_every_method_runs_and_one_that_fails_stops_no_other(compare: ModuleType
     assert "| Broken | **failed** |" in table and "Broken failed: seed 0: " in table
     assert all(f"| {method.label} |" in table for method in compare.METHODS.values())
     assert (quick / "frontier.png").stat().st_size > 30_000
+    left = {path.name for path in (quick / "seed0" / "grpo").iterdir()}
+    assert {"metrics.jsonl", "evaluation_final.json"} <= left
+    assert left.isdisjoint({"report.html", "training_curves.png", "hf", "tensorboard"})
 
 
 def test_a_run_can_be_repeated_alone(quick: Path) -> None:

@@ -22,6 +22,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, NoReturn, Protocol
@@ -31,7 +32,6 @@ from stages import ROOT, Progress, Stage, short
 from apo_megatron.telemetry.progress import duration
 
 PRELOADED = ("apo_megatron.train", "apo_megatron.sft", "apo_megatron.evaluate")
-GRACE_SECONDS = 10.0
 
 
 class Executor(Protocol):
@@ -94,13 +94,9 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for process in self._processes:
-            _signal_group(process, signal.SIGTERM)
-        for process in self._processes:
-            try:
-                process.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass  # a run that saves its state; it is not needed
-            _signal_group(process, signal.SIGKILL)
+            # Not SIGTERM: a run would save its state, and here one that has not ended is begun anew.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             _pipe(process.stdin).close()
             _pipe(process.stdout).close()
@@ -179,13 +175,6 @@ def _problem(stage: Stage, code: int) -> str | None:
 def _pipe(pipe: IO[str] | None) -> IO[str]:
     assert pipe is not None, "Popen was asked for it"
     return pipe
-
-
-def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        pass  # all of it has ended
 
 
 # --- the worker ------------------------------------------------------------------------------------
