@@ -240,7 +240,7 @@ def test_tuning_takes_the_best_trial_and_tests_it_on_every_seed_on_other_problem
     assert fake.commands == []
 
 
-def test_numbers_are_means_over_seeds_and_differences_are_paired(run: Any) -> None:
+def test_numbers_are_means_over_seeds_and_differences_are_paired(run: Any, tmp_path: Path) -> None:
     fake = FakeExecutor(draw)
     _, results = run(fake, "--methods", "grpo", "cispo", "--seeds", "0", "1", "2")
     by_run = {(r.get("objective.loss_mode", "vanilla"), r["train.seed"]): draw(r) for r in fake.runs()}
@@ -258,6 +258,14 @@ def test_numbers_are_means_over_seeds_and_differences_are_paired(run: Any) -> No
         low, high = against["ci95"]
         assert low < against["difference"] < high
     assert "against_grpo" not in results["methods"]["grpo"]
+    table = (tmp_path / "table.md").read_text()
+    found = results["methods"]["cispo"]
+    mean, std, against = found["pass_at_k"]["8"], found["std"]["8"], found["against_grpo"]["8"]
+    low, high = against["ci95"]
+    row = next(line for line in table.splitlines() if line.startswith("| CISPO |"))
+    assert f"| {100 * mean:.1f} ± {100 * std:.1f} |" in row
+    assert f"| {100 * against['difference']:+.1f} [{100 * low:.1f}, {100 * high:.1f}] |" in row
+    assert "over the seeds 0, 1, 2" in table and "over problems and seeds" in table
 
 
 def test_failures_are_shown_and_tried_again(run: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -217,6 +217,12 @@ def caption(results: Mapping[str, Any]) -> str:
     """What the numbers are made of."""
     settings = results["settings"]
     seeds, tuning_seed = settings["seeds"], settings["tuning_seed"]
+    names = ", ".join(map(str, seeds))
+    of_seeds = (
+        f"mean ± standard deviation over the seeds {names}, each with a base of its own."
+        if len(seeds) > 1
+        else f"seed {names}."
+    )
     tuned = (
         "Settings: as configured, not tuned."
         if tuning_seed is None
@@ -230,9 +236,10 @@ def caption(results: Mapping[str, Any]) -> str:
     return " ".join(
         [
             f"Pass@K in per cent on {settings['num_problems']} test problems, {settings['num_samples']} "
-            f"samples each; mean ± standard deviation over the seeds {', '.join(map(str, seeds))}, each with "
-            "a base of its own. Differences in points, paired; [95 % interval: bootstrap over problems and "
-            "seeds, which so few seeds make too narrow].",
+            "samples each;",
+            of_seeds,
+            "Differences in points, paired; [95 % interval: bootstrap over problems",
+            "and seeds, which so few seeds make too narrow]." if len(seeds) > 1 else "alone].",
             tuned,
             *failed,
         ]
