@@ -234,7 +234,7 @@ class Run:
             ending.callback(self._display.close)
             ending.callback(self._stop_request.__exit__, kind, error, trace)
             ending.callback(self._closing.close)
-        if self._parallel.is_main and kind is None:
+        if self._parallel.is_main and kind is None and self._cfg.logging.report:
             from apo_megatron.telemetry.plots import run_picture  # here: matplotlib, on one rank only
 
             run_picture(self.folder)

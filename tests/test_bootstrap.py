@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from apo_megatron.evaluation import bootstrap, pass_at_k
-from apo_megatron.evaluation.bootstrap import bootstrap_interval, t_quantile
+from apo_megatron.evaluation.bootstrap import bootstrap_interval, t_quantile, two_way_interval
 
 
 def test_many_even_values_give_the_normal_approximation() -> None:
@@ -143,3 +143,44 @@ def test_t_quantile_is_that_of_the_tables(
 def test_bad_input_is_refused(values: Any, num_resamples: int, level: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bootstrap_interval(values, num_resamples, seed=0, level=level)
+
+
+# --- over problems and seeds ------------------------------------------------------------------------
+
+
+def test_one_seed_leaves_the_problems() -> None:
+    values = np.random.default_rng(1).random(300)
+    low, high = two_way_interval(values[:, None], 20_000, seed=0)
+    half_width = 1.96 * values.std() / np.sqrt(300)
+    assert (low, high) == pytest.approx((values.mean() - half_width, values.mean() + half_width), abs=0.002)
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    """Variance of the mean over the grid: of rows / P + of columns / S (+ of the rest / (P S))."""
+    rng = np.random.default_rng(2)
+    rows, columns = rng.normal(0, 1.0, 200), rng.normal(0, 0.2, 40)
+    grid = rows[:, None] + columns
+    expected = 1.96 * np.sqrt(rows.var() / 200 + columns.var() / 40)
+    low, high = two_way_interval(grid, 20_000, seed=0)
+    assert (high - low) / 2 == pytest.approx(expected, rel=0.03)
+    narrow_low, narrow_high = two_way_interval(grid, 20_000, seed=0, level=0.5)
+    assert low < narrow_low < grid.mean() < narrow_high < high
+    assert two_way_interval(np.broadcast_to(columns, (200, 40)), 20_000, seed=0)[1] == pytest.approx(
+        columns.mean() + 1.96 * columns.std() / np.sqrt(40), abs=0.004
+    )
+
+
+def test_rounds_of_two_way_draws_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = np.random.default_rng(3).random((50, 3))
+    whole = two_way_interval(grid, 4000, seed=0)
+    monkeypatch.setattr(bootstrap, "_CHUNK", 50 * 300)
+    assert two_way_interval(grid, 4000, seed=0) == pytest.approx(whole, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [([1.0, 2.0], "must be .P, S."), (np.ones((0, 3)), "must be .P, S."), ([[1.0], [np.nan]], "finite")],
+)
+def test_bad_grids_are_refused(values: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        two_way_interval(values, 10, seed=0)

@@ -283,10 +283,13 @@ class CheckpointConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Where metrics go beside the terminal and metrics.jsonl."""
+    """Where metrics go beside the terminal and metrics.jsonl, and what is made of them."""
 
     tensorboard: bool = Field(True, description="Write TensorBoard events into run_dir/tensorboard.")
     wandb_project: str | None = Field(None, description="Weights & Biases project; null = off.")
+    report: bool = Field(
+        True, description="Draw training_curves.png and write report.html when the run ends (seconds)."
+    )
 
 
 def _warmup_problem(optimizer: OptimizerConfig, num_updates: int) -> str | None:

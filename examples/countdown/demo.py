@@ -20,7 +20,6 @@ Run again, it goes on after the last stage that finished with the same command (
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
@@ -29,21 +28,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from report import BASE, METHODS, write_report
+from report import METHODS, write_report
+from stages import (
+    BASE,
+    BASE_OVERRIDE,
+    HERE,
+    ROOT,
+    Progress,
+    Stage,
+    StageFailed,
+    data_stage,
+    program,
+    sft_stage,
+    shell,
+    short,
+)
 
 from apo_megatron.telemetry.progress import duration
-
-ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).resolve().parent
-STAMP = "stage.json"  # in the folder of a finished stage: its command and how long it took
-BASE_OVERRIDE = "evaluation.at_start="
-
-# Seconds of a stage on two cores, until this run has measured its own.
-EXPECTED_SECONDS = {"data": 10.0, "sft": 150.0, "embedded": 180.0, "sglang": 950.0}  # RL by its engine
 
 SGLANG_PYTHON = ".venv-sglang/bin/python"
 SGLANG = (
@@ -65,82 +69,6 @@ QUICK_RL = (
 )
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One command. ``folder`` is all it writes, and is removed before it starts."""
-
-    title: str
-    kind: str  # key of EXPECTED_SECONDS
-    folder: Path
-    command: tuple[str, ...]
-    results: tuple[Path, ...]  # files that exist when it has finished
-
-    def is_finished(self) -> bool:
-        """Whether its results are there, made by this very command (whoever evaluates the base)."""
-        stamp = self.folder / STAMP
-        if not stamp.exists() or not all(path.exists() for path in self.results):
-            return False
-        return _identity(json.loads(stamp.read_text())["command"]) == _identity(self.command)
-
-
-class StageFailed(Exception):
-    """A stage ended with ``code`` (as a shell would report it)."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class Progress:
-    """Counts stages, and estimates from the stages that ran how long the others take."""
-
-    def __init__(self, kinds: Sequence[str]) -> None:
-        self._kinds = list(kinds)  # of all stages, in order
-        self._done = 0
-        self._measured: dict[str, float] = {}
-        self._started = time.monotonic()
-
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self._started
-
-    def header(self, title: str) -> str:
-        left = sum(self._measured.get(k, EXPECTED_SECONDS[k]) for k in self._kinds[self._done :])
-        return (
-            f"\n=== stage {self._done + 1}/{len(self._kinds)}: {title} | elapsed {duration(self.elapsed)} | "
-            f"expected about {duration(left)} more"
-        )
-
-    def finish(self, kind: str, seconds: float | None) -> None:
-        """One stage is done; ``seconds`` None = it was already finished."""
-        self._done += 1
-        if seconds is not None:
-            self._measured[kind] = seconds
-
-
-def data_stage(folder: Path, seed: int, quick: bool) -> Stage:
-    command = (sys.executable, str(HERE / "prepare.py"), "--out", str(folder), "--seed", str(seed))
-    return Stage(
-        f"problems and demonstrations (seed {seed})",
-        "data",
-        folder,
-        _relative(command + (QUICK_DATA if quick else ())),
-        (folder / "heldout.jsonl", folder / "init" / "config.json"),
-    )
-
-
-def sft_stage(folder: Path, seed: int, nproc: int, quick: bool) -> Stage:
-    overrides = (
-        f"model.hf_path={folder.parent / 'data' / 'init'}",
-        f"data.train_path={folder.parent / 'data' / 'sft.jsonl'}",
-        f"train.run_dir={folder}",
-        f"train.seed={seed}",
-        *(QUICK_SFT if quick else ()),
-    )
-    command = _torchrun(nproc, "apo_megatron.sft", HERE / "sft.yaml", overrides)
-    return Stage(f"cold start (seed {seed})", "sft", folder, command, (folder / "hf" / "config.json",))
-
-
 def rl_stage(
     folder: Path, seed: int, nproc: int, quick: bool, steps: int | None, with_base: bool, rollout: str
 ) -> Stage:
@@ -156,7 +84,7 @@ def rl_stage(
         *(SGLANG if rollout == "sglang" else ()),
         *((f"train.num_steps={steps}",) if steps is not None else ()),
     )
-    command = _torchrun(nproc, "apo_megatron.train", HERE / f"{folder.name}.yaml", overrides)
+    command = program(nproc, "apo_megatron.train", HERE / f"{folder.name}.yaml", overrides)
     return Stage(
         f"{METHODS[folder.name]} (seed {seed})",
         rollout,
@@ -170,26 +98,25 @@ def run_stage(stage: Stage, progress: Progress, fresh: bool) -> bool:
     """Run ``stage`` unless it has finished before; whether it ran. Raises StageFailed."""
     print(progress.header(stage.title), flush=True)
     if stage.is_finished() and not fresh:
-        print(f"already there: {_short(stage.folder)} (--fresh repeats it)", flush=True)
+        print(f"already there: {short(stage.folder)} (--fresh repeats it)", flush=True)
         progress.finish(stage.kind, None)
         return False
-    print(f"$ {_shell(stage.command)}\n", flush=True)
+    print(f"$ {shell(stage.command)}\n", flush=True)
     shutil.rmtree(stage.folder, ignore_errors=True)
     started = time.monotonic()
     code = _run(stage.command)
     seconds = time.monotonic() - started
-    missing = [_short(path) for path in stage.results if not path.exists()]
+    missing = stage.missing()
     if code == 0 and missing:
         raise StageFailed(f"{stage.title} ended without writing {', '.join(missing)}", 1)
     if code != 0:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
         raise StageFailed(
             f"{stage.title} {how} after {duration(seconds)}; its messages are above. To repeat it alone:\n"
-            f"{_shell(stage.command)}",
+            f"{shell(stage.command)}",
             128 - code if code < 0 else code,
         )
-    stamp = {"command": list(stage.command), "seconds": round(seconds, 1)}
-    (stage.folder / STAMP).write_text(json.dumps(stamp, indent=1))
+    stage.write_stamp(seconds)
     print(f"\ndone in {duration(seconds)}", flush=True)
     progress.finish(stage.kind, seconds)
     return True
@@ -197,8 +124,8 @@ def run_stage(stage: Stage, progress: Progress, fresh: bool) -> bool:
 
 def run_seed(folder: Path, seed: int, options: argparse.Namespace, progress: Progress) -> None:
     """All stages of one seed. A stage that ran makes what was built on it out of date: that is removed."""
-    data = data_stage(folder / "data", seed, options.quick)
-    sft = sft_stage(folder / BASE, seed, options.nproc, options.quick)
+    data = data_stage(folder / "data", seed, QUICK_DATA if options.quick else ())
+    sft = sft_stage(folder / BASE, seed, options.nproc, QUICK_SFT if options.quick else ())
     for stage, built_on_it in ((data, (BASE, *METHODS)), (sft, tuple(METHODS))):
         if run_stage(stage, progress, options.fresh):
             for name in built_on_it:
@@ -246,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(f"\n=== results | elapsed {duration(progress.elapsed)}\n", flush=True)
     for path in write_report(out, folders, options.methods, settings):
-        print(f"wrote {_short(path)}")
+        print(f"wrote {short(path)}")
     if options.quick:
         print("--quick: this shows that everything runs; the numbers mean nothing")
     return 0
@@ -267,46 +194,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.seeds, options.methods = list(dict.fromkeys(options.seeds)), list(dict.fromkeys(options.methods))
     return options
-
-
-def _torchrun(nproc: int, module: str, config: Path, overrides: Sequence[str]) -> tuple[str, ...]:
-    script = Path(sys.executable).parent / "torchrun"
-    launcher = (str(script),) if script.exists() else (sys.executable, "-m", "torch.distributed.run")
-    # The YAML files say TP = 2, which one process cannot have.
-    layout = ("parallel.tensor_parallel_size=1",) if nproc == 1 else ()
-    command = (
-        *launcher,
-        "--standalone",
-        "--nproc-per-node",
-        str(nproc),
-        "-m",
-        module,
-        "--config",
-        str(config),
-    )
-    return _relative((*command, *overrides, *layout))
-
-
-def _relative(command: Sequence[str]) -> tuple[str, ...]:
-    """Paths below ROOT (where all commands run) made relative, so that they can be read."""
-    return tuple(part.replace(f"{ROOT}{os.sep}", "") for part in command)
-
-
-def _short(path: Path) -> str:
-    return str(path).replace(f"{ROOT}{os.sep}", "")
-
-
-def _shell(command: Sequence[str]) -> str:
-    """For a shell in ROOT; one line an override."""
-    parts = [shlex.quote(part) for part in command]
-    is_override = ["=" in part for part in command]
-    head = " ".join(part for part, own_line in zip(parts, is_override, strict=True) if not own_line)
-    tail = [part for part, own_line in zip(parts, is_override, strict=True) if own_line]
-    return " \\\n    ".join([f"OMP_NUM_THREADS=1 {head}", *tail])
-
-
-def _identity(command: Sequence[str]) -> list[str]:
-    return [part for part in command if not part.startswith(BASE_OVERRIDE)]
 
 
 def _num_ranks(command: Sequence[str]) -> int:

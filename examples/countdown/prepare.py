@@ -6,7 +6,9 @@ A problem is five numbers in 1..15 and a target in 1..100, ``4 4 15 2 13 = 58 :`
 three of the numbers by + - *, worked out from left to right: ``4 * 15 - 2``. One token per number.
 
 A tenth of all problems, chosen by a hash of sorted numbers and target, is held out: no row of sft.jsonl or
-train.jsonl, not even one with a shuffled target, is such a problem.
+train.jsonl, not even one with a shuffled target, is such a problem. Where settings are to be chosen
+(compare.py), one half of that tenth gives validation problems, the other half test problems, and neither has
+any of heldout.jsonl.
 """
 
 from __future__ import annotations
@@ -73,12 +75,17 @@ def random_problems(count: int, rng: np.random.Generator) -> Problems:
     return Problems(numbers, values, answers).select(allowed)
 
 
-def is_held_out(numbers: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Whether problems, numbers [N, NUM_GIVEN] and targets [N], belong to the held-out tenth: [N] bool."""
+def problem_keys(numbers: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """[N] int64: a hash of problems, numbers [N, NUM_GIVEN] and targets [N], whatever their order."""
     key = np.zeros(len(targets), dtype=np.int64)
     for column in (*np.sort(numbers, axis=1).T, targets):
         key = (key * 1_000_003 + column) % 2_147_483_647
-    return key % 10 == 0
+    return key
+
+
+def is_held_out(numbers: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Whether problems, numbers [N, NUM_GIVEN] and targets [N], belong to the held-out tenth: [N] bool."""
+    return problem_keys(numbers, targets) % 10 == 0
 
 
 def draw_problems(count: int, rng: np.random.Generator, accept: Callable[[Problems], np.ndarray]) -> Problems:
@@ -101,11 +108,29 @@ def training_problems(count: int, rng: np.random.Generator) -> Problems:
 
 def held_out_problems(count: int, rng: np.random.Generator) -> Problems:
     """``count`` different problems of the held-out tenth."""
-    problems = draw_problems(2 * count, rng, lambda p: is_held_out(p.numbers, p.targets))
+    return different_problems(count, rng, lambda p: is_held_out(p.numbers, p.targets))
+
+
+def fresh_problems(count: int, rng: np.random.Generator, half: int, known: Problems) -> Problems:
+    """``count`` different problems of one ``half`` (0 or 1) of the held-out tenth, none of them ``known``."""
+    known_keys = problem_keys(known.numbers, known.targets)
+
+    def accept(p: Problems) -> np.ndarray:
+        keys = problem_keys(p.numbers, p.targets)
+        return (keys % 20 == 10 * half) & ~np.isin(keys, known_keys)
+
+    return different_problems(count, rng, accept)
+
+
+def different_problems(
+    count: int, rng: np.random.Generator, accept: Callable[[Problems], np.ndarray]
+) -> Problems:
+    """``count`` problems for which ``accept`` holds, no two the same but for the order of their numbers."""
+    problems = draw_problems(2 * count, rng, accept)
     keys = np.column_stack([np.sort(problems.numbers, axis=1), problems.targets])
     first_of_each = np.sort(np.unique(keys, axis=0, return_index=True)[1])
     if len(first_of_each) < count:
-        raise ValueError(f"--num-heldout={count}: there are not that many different problems, ask for fewer")
+        raise ValueError(f"there are not {count} different held-out problems: ask for fewer")
     return problems.select(first_of_each[:count])
 
 
@@ -191,7 +216,14 @@ def write_initial_model(folder: Path, seed: int) -> None:
 
 
 def prepare(
-    out: Path, seed: int, heldout_seed: int, num_demonstrations: int, num_train: int, num_heldout: int
+    out: Path,
+    seed: int,
+    heldout_seed: int,
+    num_demonstrations: int,
+    num_train: int,
+    num_heldout: int,
+    num_validation: int = 0,
+    num_test: int = 0,
 ) -> list[Path]:
     """Write the data set and the model under ``out``; the files written. Same options, same bytes."""
     train = training_problems(num_train, np.random.default_rng([seed, 2]))
@@ -202,6 +234,11 @@ def prepare(
         write_jsonl(aside / "sft.jsonl", demonstration_rows(num_demonstrations, seed))
         write_jsonl(aside / "train.jsonl", problem_rows(train, "train"))
         write_jsonl(aside / "heldout.jsonl", problem_rows(heldout, "heldout"))
+        for half, (part, count) in enumerate((("validation", num_validation), ("test", num_test))):
+            if count:
+                rng = np.random.default_rng([heldout_seed, 4 + half])
+                rows = problem_rows(fresh_problems(count, rng, half, heldout), part)
+                write_jsonl(aside / f"{part}.jsonl", rows)
         write_initial_model(aside / "init", seed)
         write_tokenizer(aside / "init")
         files = sorted(path.relative_to(aside) for path in aside.rglob("*") if path.is_file())
@@ -229,6 +266,13 @@ def main() -> None:
         ("--num-heldout", 200, "rows of heldout.jsonl"),
     ):
         parser.add_argument(name, type=positive_int, default=default, help=f"{meaning} (default: {default})")
+    for name in ("validation", "test"):
+        parser.add_argument(
+            f"--num-{name}",
+            type=positive_int,
+            default=0,
+            help=f"rows of {name}.jsonl (default: none)",
+        )
     parser.add_argument("--seed", type=int, default=0, help="of training data and weights (default: 0)")
     parser.add_argument("--heldout-seed", type=int, default=2, help="of the held-out problems (default: 2)")
     options = parser.parse_args()

@@ -23,13 +23,13 @@ import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from stages import BASE
 
 from apo_megatron.errors import DataError
 from apo_megatron.evaluation.bootstrap import bootstrap_interval
 from apo_megatron.evaluation.pass_at_k import pass_at_k
 from apo_megatron.telemetry.plots import comparison_picture, read_history
 
-BASE = "base"
 METHODS = {"grpo": "GRPO", "grpo_kl": "GRPO + KL", "kl_on_wrong": "KL on wrong", "apo": "APO"}
 LABELS = {BASE: "base", **METHODS}
 TABLE_KS = (1, 8, 32, 64, 256)
@@ -56,15 +56,17 @@ class Counts:
 
 
 def read_counts(path: Path) -> Counts:
-    """An evaluation that train.py wrote. Raises DataError, FileNotFoundError."""
+    """An evaluation that train.py or evaluate.py wrote. Raises DataError, FileNotFoundError."""
     try:
         content = json.loads(path.read_text())
+        if "benchmarks" in content:  # of evaluate.py, on one set of problems
+            (content,) = content["benchmarks"].values()
         return Counts(
             int(content["num_samples"]),
             np.asarray(content["num_correct"], dtype=np.int64),
             tuple(sorted(int(k) for k in content["pass_at_k"])),
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not an evaluation ({error!r}); repeat the run that wrote it") from error
 
 
@@ -198,14 +200,14 @@ def caption(results: Mapping[str, Any]) -> str:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """Both tables with their caption, for a README."""
-    parts = [_markdown_table(*table_rows(results)), _markdown_table(*difference_rows(results))]
+    parts = [markdown_table(*table_rows(results)), markdown_table(*difference_rows(results))]
     parts.append(caption(results))
     if "command" in results.get("settings", {}):
         parts.append(f"Made by `{results['settings']['command']}`.")
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 

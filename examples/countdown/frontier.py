@@ -1,0 +1,138 @@
+"""Pass@1 against Pass@n: where each method ends, beside the base it started from. Imports matplotlib."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: there may be no display
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+from methods import ADVANTAGE, BASELINE, LOSS
+
+from apo_megatron.telemetry.plots import DPI, LOOK
+
+BASE_POINT = "where all start"
+# Colours and shapes that stay apart for the colour-blind (Okabe and Ito, 2008).
+STYLES = {
+    BASE_POINT: ("#444444", "s"),
+    BASELINE: ("#0072B2", "o"),
+    LOSS: ("#D55E00", "^"),
+    ADVANTAGE: ("#009E73", "D"),
+}
+LABEL_SIZE = 8.5
+# Where a label may stand: so many pixels from its point, in so many directions.
+DISTANCES = (9, 16, 26, 40, 58, 80, 110, 150)
+NUM_DIRECTIONS = 24
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method: (Pass@1, Pass@n) of each seed, in per cent."""
+
+    label: str
+    family: str  # key of STYLES
+    seeds: Sequence[tuple[float, float]]
+
+    @property
+    def mean(self) -> tuple[float, float]:
+        x, y = zip(*self.seeds, strict=True)
+        return statistics.fmean(x), statistics.fmean(y)
+
+
+def frontier_picture(points: Sequence[Point], path: Path, num_samples: int) -> list[Bbox]:
+    """Draw ``points`` into ``path``; where the labels stand, in pixels.
+
+    The mean over seeds is large and labelled, each seed small and tied to it.
+    """
+    with plt.rc_context(LOOK):
+        figure, axis = plt.subplots(figsize=(11, 7.6), layout="constrained")
+        for family in STYLES:
+            _draw_family(axis, [point for point in points if point.family == family], family)
+        axis.set_xlabel("Pass@1 (%)")
+        axis.set_ylabel(f"Pass@{num_samples} (%)")
+        axis.set_title("Countdown, test problems: right = better single answers, up = more within reach")
+        axis.margins(0.07)
+        axis.legend(loc="lower left", fontsize=9)
+        boxes = _place_labels(figure, axis, points)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI)
+        plt.close(figure)
+    return boxes
+
+
+def _draw_family(axis: Axes, points: Sequence[Point], family: str) -> None:
+    color, marker = STYLES[family]
+    for point in points:
+        x, y = point.mean
+        for seed in point.seeds:
+            axis.plot((x, seed[0]), (y, seed[1]), color=color, lw=0.6, alpha=0.25, zorder=1)
+            axis.plot(*seed, marker, color=color, ms=3, alpha=0.35, mew=0, zorder=1)
+    means = [point.mean for point in points]
+    if means:
+        x_values, y_values = zip(*means, strict=True)
+        axis.plot(x_values, y_values, marker, color=color, ms=8, mec="white", mew=0.8, label=family, zorder=3)
+
+
+def _place_labels(figure: Figure, axis: Axes, points: Sequence[Point]) -> list[Bbox]:
+    """Each label at the nearest place where it covers no point and no other label, tied to its point."""
+    figure.canvas.draw()  # settles the layout
+    figure.set_layout_engine("none")
+    scale = figure.dpi / 72
+    to_pixels, frame = axis.transData.transform, axis.get_window_extent()
+    anchors = [tuple(map(float, to_pixels(point.mean))) for point in points]
+    size = 6 * scale
+    taken = [Bbox.from_bounds(x - size, y - size, 2 * size, 2 * size) for x, y in anchors]
+    legend = axis.get_legend()
+    if legend is not None:
+        taken.append(legend.get_window_extent())
+    boxes = []
+    for point, (x, y) in sorted(zip(points, anchors, strict=True), key=lambda pair: -pair[1][1]):
+        text = axis.text(0, 0, point.label, fontsize=LABEL_SIZE, color=STYLES[point.family][0],
+                         transform=None, va="bottom", ha="left", zorder=4)  # fmt: skip
+        extent = text.get_window_extent()
+        box = _free_place(x, y, extent.width, extent.height, scale, taken, frame)
+        text.set_transform(axis.transData)
+        corner = axis.transData.inverted().transform((box.x0, box.y0))
+        text.set_position((float(corner[0]), float(corner[1])))
+        near = (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
+        if math.dist(near, (x, y)) > 12 * scale:
+            (x0, y0), (x1, y1) = axis.transData.inverted().transform([(x, y), near])
+            axis.plot((x0, x1), (y0, y1), color="#999999", lw=0.6, zorder=2)
+        taken.append(box)
+        boxes.append(box)
+    return boxes
+
+
+def _free_place(
+    x: float, y: float, width: float, height: float, scale: float, taken: Sequence[Bbox], frame: Bbox
+) -> Bbox:
+    """The nearest box of this size around (x, y) that overlaps least with ``taken``, inside ``frame``."""
+    best, least = Bbox.from_bounds(x, y, width, height), math.inf
+    for distance in DISTANCES:
+        for i in range(NUM_DIRECTIONS):
+            angle = 2 * math.pi * i / NUM_DIRECTIONS
+            across, up = math.cos(angle), math.sin(angle)
+            left = x + distance * scale * across + (across - 1) / 2 * width
+            bottom = y + distance * scale * up + (up - 1) / 2 * height
+            box = Bbox.from_bounds(left, bottom, width, height)
+            overlap = sum(_common_area(box, other) for other in taken)
+            overlap += width * height - _common_area(box, frame)
+            if overlap < least - 1e-6:
+                best, least = box, overlap
+        if least <= 0.5:
+            break
+    return best
+
+
+def _common_area(a: Bbox, b: Bbox) -> float:
+    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+    return max(width, 0.0) * max(height, 0.0)

@@ -1,0 +1,373 @@
+"""examples/countdown/compare.py: every method runs, budgets are equal, what is chosen, resumed and shown."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+from apo_megatron.config import RLConfig, load_config
+from apo_megatron.config.advantages import AdvantageEstimatorName
+from apo_megatron.config.policy_losses import PolicyLossName
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "countdown"
+NUM_SAMPLES, NUM_PROBLEMS = 32, 20
+
+
+@pytest.fixture(scope="module")
+def compare() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(EXAMPLE))
+    import compare
+
+    yield compare
+    sys.path.remove(str(EXAMPLE))
+
+
+@pytest.fixture(scope="module")
+def compare_results(compare: ModuleType) -> ModuleType:
+    import compare_results
+
+    return compare_results
+
+
+def settings_of(command: Sequence[str]) -> dict[str, str]:
+    """The overrides of a command; the last one counts."""
+    return dict(part.split("=", 1) for part in command if "=" in part)
+
+
+# --- the methods -----------------------------------------------------------------------------------
+
+
+def test_every_loss_and_every_estimator_is_compared(compare: ModuleType) -> None:
+    objectives = [load(method.settings).objective for method in compare.METHODS.values()]
+    assert {objective.loss_mode for objective in objectives} == set(get_args(PolicyLossName))
+    estimators = {objective.advantage_estimator for objective in objectives}
+    assert estimators == set(get_args(AdvantageEstimatorName))
+    baselines = {"grpo", "grpo_kl", "kl_on_wrong", "dr_grpo", "dapo", "apo"}
+    assert baselines <= compare.METHODS.keys()
+    labels = [method.label for method in compare.METHODS.values()]
+    assert len(set(labels)) == len(labels)
+
+
+def test_every_method_has_the_same_number_of_trials_around_its_own_setting(compare: ModuleType) -> None:
+    for name, method in compare.METHODS.items():
+        tried = compare.trials(method)
+        configs = [load((*method.settings, *trial.words(method))) for trial in tried]
+        assert len({json.dumps(config.model_dump(mode="json"), sort_keys=True) for config in configs}) == 6
+        assert len({trial.name(method) for trial in tried}) == 6, name
+        assert load(method.settings) in configs, name  # as configured is among them
+
+
+def load(settings: Sequence[str]) -> RLConfig:
+    return load_config(RLConfig, EXAMPLE / "compare.yaml", list(settings))
+
+
+# --- all of them, for two steps ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quick(compare: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A real run of every method, and of one that its rules refuse."""
+    from methods import LOSS, Method
+
+    out = tmp_path_factory.mktemp("compare")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(compare.METHODS, "broken", Method("Broken", LOSS, ("optimizer.lr=-1",)))
+        patch.setattr(compare.signal, "signal", lambda *_: None)
+        assert compare.main(["--quick", "--seeds", "0", "--jobs", "1", "--out", str(out)]) == 0
+        yield out
+
+
+def test_every_method_runs_and_one_that_fails_stops_no_other(compare: ModuleType, quick: Path) -> None:
+    results = json.loads((quick / "results.json").read_text())
+    assert results["methods"].keys() == compare.METHODS.keys()
+    for name, found in results["methods"].items():
+        if name == "broken":
+            continue
+        assert found["failed"] is None, f"{name}: {found['failed']}"
+        assert found["pass_at_k"].keys() == {"1", "2", "4", "8", "16"}
+        run = found["seeds"]["0"]
+        assert len(run["num_correct"]) == 8 and run["seconds"] > 0
+        assert len(run["curves"]["reward"]) == 2 and max(run["curves"]["grad_norm"]) > 0, name
+    broken = results["methods"]["broken"]
+    assert broken["failed"].startswith("seed 0: ") and "optimizer.lr" in broken["failed"]
+    table = (quick / "table.md").read_text()
+    assert "| Broken | **failed** |" in table and "Broken failed: seed 0: " in table
+    assert all(f"| {method.label} |" in table for method in compare.METHODS.values())
+    assert (quick / "frontier.png").stat().st_size > 30_000
+    left = {path.name for path in (quick / "seed0" / "grpo").iterdir()}
+    assert {"metrics.jsonl", "evaluation_final.json"} <= left
+    assert left.isdisjoint({"report.html", "training_curves.png", "hf", "tensorboard"})
+
+
+def test_a_run_can_be_repeated_alone(quick: Path) -> None:
+    first = (quick / "seed0" / "apo.log").read_text().splitlines()[0]
+    assert (
+        first.startswith("$ ") and " -m apo_megatron.train --config examples/countdown/compare.yaml " in first
+    )
+
+
+def test_only_what_failed_is_tried_again(
+    compare: ModuleType, quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeExecutor(lambda settings: [1] * 8)
+    monkeypatch.setattr(compare, "make_executor", lambda num_slots: nullcontext(fake))
+    assert compare.main(["--quick", "--seeds", "0", "--jobs", "1", "--out", str(quick)]) == 0
+    assert [Path(settings_of(c)["train.run_dir"]).name for c in fake.commands] == ["broken"]
+
+
+# --- with commands that only pretend ----------------------------------------------------------------
+
+
+class FakeExecutor:
+    """Writes what each command would; ``counts`` (settings -> right answers of the problems) may be None:
+    the command fails."""
+
+    num_slots = 2
+
+    def __init__(self, counts: Callable[[dict[str, str]], list[int] | None]) -> None:
+        self._counts = counts
+        self._ended: list[tuple[int, int]] = []
+        self.commands: list[Sequence[str]] = []
+
+    def start(self, slot: int, command: Sequence[str], log: Path) -> None:
+        self.commands.append(command)
+        self._ended.append((slot, self._run(command, log)))
+
+    def wait(self) -> tuple[int, int]:
+        return self._ended.pop(0)
+
+    def _run(self, command: Sequence[str], log: Path) -> int:
+        settings = settings_of(command)
+        if "--out" in command:
+            folder = Path(command[command.index("--out") + 1])
+            (folder / "init").mkdir(parents=True)
+            (folder / "heldout.jsonl").touch()
+            (folder / "init" / "config.json").touch()
+        elif "apo_megatron.sft" in command:
+            folder = Path(settings["train.run_dir"])
+            (folder / "hf").mkdir(parents=True)
+            (folder / "hf" / "config.json").touch()
+        else:
+            found = self._counts(settings)
+            if found is None:
+                log.write_text("step 1/2\nerror: the loss is not finite\n")
+                return 2
+            is_base = "apo_megatron.evaluate" in command
+            folder = Path(settings["output_dir" if is_base else "train.run_dir"])
+            folder.mkdir(parents=True)
+            content = {"pass_at_k": {"1": 0.0}, "num_samples": NUM_SAMPLES, "num_correct": found}
+            (folder / "metrics.jsonl").write_text('{"step": 1, "reward": 0.25}\n')
+            name = "results.json" if is_base else "evaluation_final.json"
+            wrapped = {"benchmarks": {"countdown": content}} if is_base else content
+            (folder / name).write_text(json.dumps(wrapped))
+        return 0
+
+    def runs(self) -> list[dict[str, str]]:
+        """The trainings since the last call."""
+        found = [settings_of(c) for c in self.commands if "apo_megatron.train" in c]
+        self.commands.clear()
+        return found
+
+
+def draw(settings: dict[str, str]) -> list[int]:
+    """Right answers, the same for the same settings."""
+    words = sorted(word for word in settings.items() if "path" not in word[0] and "dir" not in word[0])
+    rng = np.random.default_rng(list(json.dumps(words).encode()))
+    return rng.binomial(NUM_SAMPLES, rng.beta(0.3, 1.5, NUM_PROBLEMS)).tolist()
+
+
+def pass_at(num_correct: Sequence[int], k: int) -> float:
+    """From binomial coefficients."""
+    wrong = [math.comb(NUM_SAMPLES - c, k) / math.comb(NUM_SAMPLES, k) for c in num_correct]
+    return 1 - statistics.fmean(wrong)
+
+
+@pytest.fixture
+def run(
+    compare: ModuleType, compare_results: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """``run(fake, *words)`` -> exit code, results.json."""
+    monkeypatch.setattr(compare_results, "frontier_picture", lambda *_: None)  # slow
+    monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
+
+    def run(fake: FakeExecutor, *words: str) -> tuple[int, dict[str, Any]]:
+        monkeypatch.setattr(compare, "make_executor", lambda num_slots: nullcontext(fake))
+        code = compare.main(["--out", str(tmp_path), *words])
+        path = tmp_path / "results.json"
+        return code, json.loads(path.read_text()) if path.exists() else {}
+
+    return run
+
+
+def test_tuning_takes_the_best_trial_and_tests_it_on_every_seed_on_other_problems(run: Any) -> None:
+    def counts(settings: dict[str, str]) -> list[int]:
+        is_best = (settings.get("optimizer.lr"), settings.get("objective.cispo.clip_high")) == ("0.0002", "2")
+        is_tuning = settings.get("evaluation.data_path", "").endswith("validation.jsonl")
+        if is_tuning and "objective.cispo.clip_high" in settings:
+            # @1 and @32 of the best 0.4 and 0.8; of others 0.5 and 0.5, or 0.03 and 1.
+            other = [32, 0] if settings["optimizer.lr"] == "0.0001" else [1, 1]
+            return [16, 16, 16, 16, 0] * 2 if is_best else other * 5
+        return [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+
+    fake = FakeExecutor(counts)
+    code, results = run(fake, "--tune", "--methods", "grpo", "cispo", "--seeds", "0", "1")
+    assert code == 0
+    trained = fake.runs()
+    tuning = [r for r in trained if r["evaluation.data_path"].endswith("validation.jsonl")]
+    final = [r for r in trained if r["evaluation.data_path"].endswith("test.jsonl")]
+    assert len(tuning) == 12 and len(final) == 4 and len(trained) == 16
+    assert {r["train.seed"] for r in tuning} == {"3"}
+    assert sorted(r["train.seed"] for r in final) == ["0", "0", "1", "1"]
+    chosen = results["methods"]["cispo"]["chosen"]
+    assert chosen == {"learning_rate": 2e-4, "coefficient": 2}
+    of_cispo = [r for r in final if "objective.cispo.clip_high" in r]
+    assert {r["optimizer.lr"] for r in of_cispo} == {"0.0002"} and len(of_cispo) == 2
+    scores = [trial["score"] for trial in results["methods"]["cispo"]["tuning"]]
+    expected = math.sqrt(0.4 * 0.8)
+    assert len(scores) == 6 and max(scores) == pytest.approx(expected)
+    assert results["methods"]["grpo"]["chosen"]["learning_rate"] == 5e-5  # the first of equals
+    assert run(fake, "--tune", "--methods", "grpo", "cispo", "--seeds", "0", "1")[0] == 0
+    assert fake.commands == []
+
+
+def test_numbers_are_means_over_seeds_and_differences_are_paired(run: Any, tmp_path: Path) -> None:
+    fake = FakeExecutor(draw)
+    _, results = run(fake, "--methods", "grpo", "cispo", "--seeds", "0", "1", "2")
+    by_run = {(r.get("objective.loss_mode", "vanilla"), r["train.seed"]): draw(r) for r in fake.runs()}
+    for name, loss in (("grpo", "vanilla"), ("cispo", "cispo")):
+        for k in (1, 8, 32):
+            values = [pass_at(by_run[loss, seed], k) for seed in "012"]
+            found = results["methods"][name]
+            assert found["pass_at_k"][str(k)] == pytest.approx(statistics.fmean(values), abs=1e-12)
+            assert found["std"][str(k)] == pytest.approx(statistics.stdev(values), abs=1e-12)
+            assert found["seeds"]["1"]["pass_at_k"][str(k)] == pytest.approx(values[1], abs=1e-12)
+    for k in (1, 8, 32):
+        against = results["methods"]["cispo"]["against_grpo"][str(k)]
+        means = [results["methods"][name]["pass_at_k"][str(k)] for name in ("cispo", "grpo")]
+        assert against["difference"] == pytest.approx(means[0] - means[1], abs=1e-12)
+        low, high = against["ci95"]
+        assert low < against["difference"] < high
+    assert "against_grpo" not in results["methods"]["grpo"]
+    table = (tmp_path / "table.md").read_text()
+    found = results["methods"]["cispo"]
+    mean, std, against = found["pass_at_k"]["8"], found["std"]["8"], found["against_grpo"]["8"]
+    low, high = against["ci95"]
+    row = next(line for line in table.splitlines() if line.startswith("| CISPO |"))
+    assert f"| {100 * mean:.1f} ± {100 * std:.1f} |" in row
+    assert f"| {100 * against['difference']:+.1f} [{100 * low:.1f}, {100 * high:.1f}] |" in row
+    assert "over the seeds 0, 1, 2" in table and "over problems and seeds" in table
+
+
+def test_failures_are_shown_and_tried_again(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def counts(settings: dict[str, str]) -> list[int] | None:
+        is_rloo = settings.get("objective.advantage_estimator") == "rloo"
+        high_rate = is_rloo and float(settings.get("optimizer.lr", 0)) > 1e-4
+        fails = settings.get("objective.loss_mode") == "sapo" or high_rate
+        return None if fails else draw(settings)
+
+    fake = FakeExecutor(counts)
+    words = ("--tune", "--methods", "grpo", "sapo", "rloo", "--seeds", "0")
+    code, results = run(fake, *words)
+    assert code == 0
+    sapo, rloo = results["methods"]["sapo"], results["methods"]["rloo"]
+    assert sapo["failed"].startswith("every trial failed, the last: the loss is not finite (see ")
+    assert sapo["chosen"] is None and "pass_at_k" not in sapo and len(sapo["tuning"]) == 6
+    assert rloo["failed"] is None and rloo["chosen"]["learning_rate"] <= 1e-4
+    assert sum("the loss is not finite" in (trial["failed"] or "") for trial in rloo["tuning"]) == 3
+    shown = capsys.readouterr().out
+    assert "FAILED, 0:00 | the loss is not finite" in shown and "| SAPO | **failed** |" in shown
+    fake.commands.clear()
+    assert run(fake, *words)[0] == 0
+    assert len(fake.runs()) == 9
+
+
+def test_a_base_that_fails_ends_it(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    fake = FakeExecutor(lambda settings: None)
+    assert run(fake, "--methods", "grpo", "--seeds", "0")[0] == 1
+    assert "nothing can be compared: the loss is not finite" in capsys.readouterr().err
+    assert fake.runs() == []
+
+
+def test_a_new_base_makes_what_was_built_on_it_anew(run: Any, tmp_path: Path) -> None:
+    fake = FakeExecutor(draw)
+    words = ("--methods", "grpo", "--seeds", "0", "1")
+    run(fake, *words)
+    assert len(fake.runs()) == 2
+    (tmp_path / "seed1" / "base" / "hf" / "config.json").unlink()
+    run(fake, *words)
+    kinds = [("sft" if "apo_megatron.sft" in c else "data" if "--out" in c else "run") for c in fake.commands]
+    assert kinds == ["sft", "run", "run"]  # its Pass@K and grpo, of seed 1 alone
+    fake.commands.clear()
+    run(fake, *words, "--fresh")
+    assert len(fake.commands) == 8
+
+
+def test_commands_of_a_real_comparison_are_valid(run: Any) -> None:
+    fake = FakeExecutor(draw)
+    run(fake, "--tune", "--seeds", "0")
+    trained = [c for c in fake.commands if "apo_megatron.train" in c]
+    for command in trained:
+        overrides = [part for part in command if "=" in part]
+        config = load_config(RLConfig, EXAMPLE / "compare.yaml", overrides)
+        assert config.train.num_steps == 100 and config.parallel.tensor_parallel_size == 1
+        assert not (config.logging.report or config.objective.support_telemetry or config.evaluation.interval)
+
+
+# --- what is written --------------------------------------------------------------------------------
+
+
+def test_section_of_the_page_is_replaced(compare_results: ModuleType) -> None:
+    page = compare_results.PAGE.read_text()
+    once = compare_results.with_section(page, "a table", "picture.png")
+    again = compare_results.with_section(once, "another", "picture.png")
+    assert "a table" in once and "a table" not in again and "another" in again
+    for text in (once, again):
+        assert text.partition(compare_results.BEGIN)[0] == page.partition(compare_results.BEGIN)[0]
+        assert text.partition(compare_results.END)[2] == page.partition(compare_results.END)[2]
+    with pytest.raises(ValueError, match="lacks the lines"):
+        compare_results.with_section("# A page", "a table", "picture.png")
+
+
+def test_labels_of_many_methods_do_not_overlap(compare: ModuleType, tmp_path: Path) -> None:
+    import frontier
+
+    rng = np.random.default_rng(0)
+    families = list(frontier.STYLES)[1:]
+    points = [frontier.Point("base", frontier.BASE_POINT, [(10.7, 99.3), (10.2, 99.0), (11.5, 99.5)])]
+    for i in range(36):
+        center = rng.normal((22.5, 91.5), (0.9, 2.0))
+        seeds = [tuple(center + rng.normal(0, (1.5, 0.8))) for _ in range(3)]
+        points.append(frontier.Point(f"METHOD-{i} ({'x' * (i % 9)})", families[i % 3], seeds))
+    boxes = frontier.frontier_picture(points, tmp_path / "frontier.png", 256)
+    assert len(boxes) == 37
+    for i, box in enumerate(boxes):
+        for other in boxes[:i]:
+            assert frontier._common_area(box, other) < 1.0
+
+
+# --- the problems ------------------------------------------------------------------------------------
+
+
+def test_validation_and_test_problems_are_apart_from_all_others(compare: ModuleType, tmp_path: Path) -> None:
+    from prepare import prepare
+
+    sizes = {"num_demonstrations": 2000, "num_train": 2000, "num_heldout": 400}
+    prepare(tmp_path, 0, 2, **sizes, num_validation=400, num_test=400)
+    known: dict[tuple[int, ...], str] = {}
+    for name in ("train", "heldout", "validation", "test"):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert len(rows) >= 400
+        for row in rows:
+            key = (*sorted(row["numbers"]), row["target"])
+            assert known.setdefault(key, name) == name
+    assert sum(name != "train" for name in known.values()) == 1200
