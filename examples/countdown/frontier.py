@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
-from methods import ADVANTAGE, BASELINE, LOSS
+from methods import ADVANTAGE, BASELINE, LOSS, SAMPLES, VARIANT
 
 from apo_megatron.telemetry.plots import DPI, LOOK
 
@@ -26,7 +26,9 @@ STYLES = {
     BASE_POINT: ("#444444", "s"),
     BASELINE: ("#0072B2", "o"),
     LOSS: ("#D55E00", "^"),
+    VARIANT: ("#CC79A7", "v"),
     ADVANTAGE: ("#009E73", "D"),
+    SAMPLES: ("#7A6A00", "P"),
 }
 LABEL_SIZE = 8.5
 # Where a label may stand: so many pixels from its point, in so many directions.

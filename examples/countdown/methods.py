@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BASELINE, LOSS, ADVANTAGE = "baseline", "policy loss", "advantage estimator"
-FAMILIES = (BASELINE, LOSS, ADVANTAGE)
+BASELINE, LOSS, VARIANT, ADVANTAGE, SAMPLES = (
+    "baseline",
+    "policy loss",
+    "variant of APO",
+    "advantage estimator",
+    "choice of samples",
+)
+FAMILIES = (BASELINE, LOSS, VARIANT, ADVANTAGE, SAMPLES)
 
 # What --tune tries, six settings for every method: learning rates, and values of its own coefficient.
 LEARNING_RATES_WITH_COEFFICIENT = (1e-4, 2e-4)  # x 3 values
@@ -24,6 +30,7 @@ class Coefficient:
 
     field: str  # section.field
     values: tuple[float, float, float]
+    others: tuple[str, ...] = ()  # fields that get the same value
 
     @property
     def name(self) -> str:
@@ -51,13 +58,15 @@ class Trial:
         """As overrides."""
         words = [] if self.learning_rate is None else [f"optimizer.lr={self.learning_rate:g}"]
         if self.coefficient is not None and method.tuned is not None:
-            words.append(f"{method.tuned.field}={self.coefficient:g}")
+            fields = (method.tuned.field, *method.tuned.others)
+            words += [f"{field}={self.coefficient:g}" for field in fields]
         return tuple(words)
 
     def name(self, method: Method) -> str:
         """What is tried, fit for a folder: ``lr_0.0002-clip_high_4``."""
-        parts = (word.partition("=") for word in self.words(method))
-        names = [f"{field.rsplit('.', maxsplit=1)[-1]}_{value}" for field, _, value in parts]
+        names = [] if self.learning_rate is None else [f"lr_{self.learning_rate:g}"]
+        if self.coefficient is not None and method.tuned is not None:
+            names.append(f"{method.tuned.name}_{self.coefficient:g}")
         return "-".join(names) or "as_configured"
 
 
@@ -68,13 +77,16 @@ def trials(method: Method) -> list[Trial]:
     return [Trial(lr, value) for lr in LEARNING_RATES_WITH_COEFFICIENT for value in method.tuned.values]
 
 
-def _over(field: str, *values: float) -> Coefficient:
-    low, middle, high = values
-    return Coefficient(f"objective.{field}", (low, middle, high))
+def _over(field: str, low: float, middle: float, high: float, *others: str) -> Coefficient:
+    return Coefficient(f"objective.{field}", (low, middle, high), tuple(f"objective.{o}" for o in others))
 
 
 def _loss(label: str, name: str, tuned: Coefficient | None = None, *settings: str) -> Method:
     return Method(label, LOSS, (f"objective.loss_mode={name}", *settings), tuned)
+
+
+def _variant(label: str, tuned: Coefficient, *settings: str) -> Method:
+    return Method(label, VARIANT, (*_APO, *settings), tuned)
 
 
 def _advantage(label: str, name: str, tuned: Coefficient | None = None, *settings: str) -> Method:
@@ -89,8 +101,10 @@ _DR_GRPO = (
     "objective.loss_aggregation_constant=6",
 )
 _DAPO = ("rollout.drop_zero_spread=true",)  # clip-higher and token-mean are in base.yaml
-_RIGHT_WEIGHT = _over("w_reinforce.right_weight", 0.05, 0.1, 0.2)
 _APO = ("objective.loss_mode=apo_ratio", "objective.apo_pull_coeff=0.15")
+_PULL = _over("apo_pull_coeff", 0.1, 0.15, 0.2)
+# The bounds of the authors are those of answers of thousands of tokens; here an answer has six.
+_GSPO = ("objective.gspo.clip_low=0.04", "objective.gspo.clip_high=0.04")
 
 METHODS: dict[str, Method] = {
     "grpo": Method("GRPO", BASELINE),
@@ -98,7 +112,7 @@ METHODS: dict[str, Method] = {
     "kl_on_wrong": Method("KL on wrong", BASELINE, _KL_ON_WRONG, _over("kl_loss_coeff", 0.02, 0.05, 0.1)),
     "dr_grpo": Method("Dr.GRPO", BASELINE, _DR_GRPO),
     "dapo": Method("DAPO", BASELINE, _DAPO, _over("clip_high", 0.2, 0.28, 0.4)),
-    "apo": Method("APO", BASELINE, _APO, _over("apo_pull_coeff", 0.1, 0.15, 0.2)),
+    "apo": Method("APO", BASELINE, _APO, _PULL),
     # policy losses, with GRPO's advantages
     "cispo": _loss("CISPO", "cispo", _over("cispo.clip_high", 2, 4, 8)),
     "dispo": _loss("DISPO", "dispo", _over("dispo.right_clip_high", 5, 10, 20)),
@@ -106,6 +120,40 @@ METHODS: dict[str, Method] = {
     "gppo": _loss("GPPO", "gppo", _over("gppo.wrong_gradient", 0.25, 0.5, 1)),
     "dcpo_clip": _loss("DCPO clip", "dcpo_clip", _over("dcpo.clip_high", 0.14, 0.28, 0.56)),
     "dppo_tv": _loss("DPPO (TV)", "dppo_tv", _over("dppo.max_decrease", 0.1, 0.2, 0.4)),
+    "gspo": _loss("GSPO", "gspo", _over("gspo.clip_high", 4e-3, 4e-2, 0.2, "gspo.clip_low"), *_GSPO),
+    "ctpo": _loss("CTPO", "ctpo", _over("ctpo.high", 0.025, 0.05, 0.1)),
+    "vespo": _loss("VESPO", "vespo", _over("vespo.wrong_decay", 1, 2, 4)),
+    "simko": _loss("SimKO", "simko", _over("simko.mix", 0.01, 0.05, 0.1)),
+    "topk_forward_kl": _loss("Top-K KL", "topk_forward_kl", _over("topk_forward_kl.weight", 0.02, 0.05, 0.1)),
+    "clip_cov": _loss("Clip-Cov", "clip_cov", _over("clip_cov.share", 2e-4, 2e-3, 2e-2)),
+    "kl_cov": _loss("KL-Cov", "kl_cov", _over("kl_cov.share", 2e-3, 2e-2, 2e-1)),
+    "bapo": _loss("BAPO", "bapo", _over("bapo.target", 0.25, 0.5, 1)),
+    "dmpo": _loss("DMPO", "dmpo", _over("dmpo.coeff", 1, 2, 4)),
+    "p3o": _loss("P3O", "p3o"),
+    "gbpo": _loss("GBPO", "gbpo", _over("gbpo.temperature", 0.1, 0.3, 1)),
+    # variants of APO
+    "apo_detached": _variant("APO, pull detached", _PULL, "objective.apo_variants.detach_pull=true"),
+    "apo_adaptive": _variant(
+        "APO, adaptive pull",
+        _over("apo_variants.target_anchor_ratio", 0.5, 1, 2),
+        "objective.apo_variants.target_anchor_ratio=1",
+    ),
+    "apo_scheduled": _variant(
+        "APO, pull to 0.05",
+        _PULL,
+        "objective.apo_variants.final_pull_coeff=0.05",
+        "objective.apo_variants.schedule_steps=100",
+    ),
+    "apo_average": _variant(
+        "APO, averaged reference",
+        _over("apo_variants.reference_decay", 0.9, 0.99, 0.999),
+        "objective.apo_variants.reference_decay=0.99",
+    ),
+    "apo_top_p": _variant(
+        "APO, Top-P",
+        _over("apo_variants.support_mass", 0.8, 0.9, 0.95),
+        "objective.apo_variants.support_mass=0.9",
+    ),
     # advantage estimators, with GRPO's loss
     "rloo": _advantage("RLOO", "rloo"),
     "reinforce_plus_plus_baseline": _advantage("REINFORCE++", "reinforce_plus_plus_baseline"),
@@ -119,4 +167,16 @@ METHODS: dict[str, Method] = {
     "pkpo": _advantage("PKPO", "pkpo", _over("pkpo.k", 2, 4, 8)),
     "gdpo": _advantage("GDPO", "gdpo", None, *_TWO_REWARDS),
     "dvao": _advantage("DVAO", "dvao", None, *_TWO_REWARDS),
+    "riskpo": _advantage(
+        "RiskPO", "riskpo", _over("riskpo.cvar_weight", 0.5, 1.5, 3), "objective.riskpo.bundle_size=4"
+    ),
+    # each prompt is seen once here, so that the statistics of its visits are those of its one group
+    "dcpo": _advantage("DCPO", "dcpo"),
+    # which samples are trained on; Knapsack's numbers of samples need prompts that come again
+    "d3s": Method(
+        "D3S",
+        SAMPLES,
+        ("rollout.sample_filter=d3s",),
+        Coefficient("rollout.d3s.first_share", (0.25, 0.5, 0.75)),
+    ),
 }
