@@ -35,7 +35,7 @@ demo: $(INSTALLED) $(if $(filter sglang,$(ROLLOUT)),$(SGLANG_INSTALLED)) ## Cold
 test: both browser slurm ## Linters and all tests (those that need a GPU are skipped without one)
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || status=1; \
+	$(BIN)/python -m pytest -n 3 $(PYTEST_ARGS) || status=1; \
 	exit $$status
 
 coverage: $(INSTALLED) ## How much of the pure modules their tests run (at least 95 %)
