@@ -18,7 +18,6 @@ from apo_megatron.actor.micro_batches import MicroBatchSize
 from apo_megatron.actor.snapshot import WeightSnapshot
 from apo_megatron.config import RLConfig
 from apo_megatron.data.collate import make_batch, trained_sequences
-from apo_megatron.objectives.advantage_registry import ADVANTAGE_ESTIMATORS
 from apo_megatron.objectives.moving_coefficients import MovingObjective
 from apo_megatron.objectives.objective import Objective, build_objective
 from apo_megatron.parallel.state import init_parallel
@@ -50,15 +49,11 @@ def train(cfg: RLConfig) -> None:
             weight_bucket_bytes=cfg.rollout.bucket_mib * 2**20,
         )
         objective = build_objective(cfg.objective)
-        moving = MovingObjective(objective)
         reference, digest = _reference(actor, objective)  # pi_ref, before anything is resumed
         sampler = GroupSampler(engine, data.prompts, data.reward, cfg, parallel)
         parts: dict[str, Stateful] = {"data": data.prompts, "rollout": sampler}
-        if moving.is_stateful:
-            parts["objective"] = moving
-        advantage_state = AdvantageState()
-        if ADVANTAGE_ESTIMATORS[cfg.objective.advantage_estimator].next_state is not None:
-            parts["advantages"] = advantage_state
+        moving, advantage_state = MovingObjective(objective), AdvantageState(cfg.objective)
+        parts |= {part.name: part for part in (moving, advantage_state) if part.is_stateful}
         checkpointer = Checkpointer(run.checkpoint_folder, cfg, actor, parts, digest)
         version = start = run.resume(checkpointer)  # policy version: one more with each step that trains
         sync = WeightSync(cfg.rollout, actor, engine, sampler, data.prompts)

@@ -146,6 +146,18 @@ def test_ranks_without_sequences_take_part(payload: dict[str, Any]) -> None:
     compare(2, {**payload, "sequences": few}, cases, {name: plain(payload, few, name) for name in LOSSES})
 
 
+def test_the_first_update_after_the_old_pass_needs_no_pass_of_its_own(payload: dict[str, Any]) -> None:
+    """Its weights are the old ones. Without an old pass every update needs one."""
+    modes = ("recompute", "rollout")
+    cases = [
+        {"layout": {}, "micro_batch_size": 5, "objective": {**objective_of("p3o"), "old_log_probs": mode}}
+        for mode in modes
+    ]
+    worker = "tests.workers.layout_invariance:count_passes"
+    counts = run_distributed(1, worker, {**payload, "cases": cases})[0]
+    assert counts == [1 + NUM_MINI_BATCHES - 1, NUM_MINI_BATCHES]
+
+
 # --- what make_batch prepares -----------------------------------------------------------------------
 
 

@@ -110,6 +110,7 @@ class MegatronActor:
         self.consecutive_skips = self.most_consecutive_skips = 0  # updates that were not finite
         self.averaged_weights: AveragedWeights | None = None  # saved and loaded with the weights
         self._weights_are_complete = True
+        self._old_log_probs_are_current = False  # no update since they were computed
         self._weight_source = WeightSource(models, self.architecture, parallel, weight_bucket_bytes)
 
     @property
@@ -188,12 +189,8 @@ class MegatronActor:
         self, sequences: PaddedSequences, progress: Progress | None = None
     ) -> PaddedSequences:
         """Fill ``old_log_probs`` with the log-probs under the current weights (on the last stage)."""
-        results = self._forward(sequences, self.token_terms.log_probs, progress)
-        if not results:
-            return sequences
-        return sequences.with_fields(
-            old_log_probs=_at_tokens(results["log_probs"], sequences.loss_mask, fill=0.0)
-        )
+        self._old_log_probs_are_current = True
+        return self._with_log_probs(sequences, progress)
 
     def measure_mismatch(self, sequences: PaddedSequences, objective: Objective) -> dict[str, float]:
         """How far the engine that drew ``sequences`` is from the old policy, over all their trained tokens.
@@ -267,7 +264,8 @@ class MegatronActor:
     ) -> dict[str, float]:
         """One optimizer update on ``mini_batch``; its metrics, the same on every rank.
 
-        What a loss must know of the whole mini-batch is found before, by a pass without gradients.
+        What a loss must know of the whole mini-batch is found before, by a pass without gradients; not in the
+        first update after ``attach_old_log_probs``, whose weights are the old ones.
 
         Beside those of the objective: ``token_utilization``, the share of the model's positions that hold a
         token and not padding, and ``num_micro_batches``.
@@ -279,11 +277,7 @@ class MegatronActor:
         trained tokens, in row-major order of the mask, it acted (``token_metrics.pull_metrics``).
         """
         if objective.spec.statistics is not None:
-            results = self._forward(mini_batch, self.token_terms.log_probs, None)
-            if results:
-                found = loss_statistics(mini_batch, results["log_probs"], objective, self.parallel)
-                columns = _at_tokens(found, mini_batch.loss_mask, fill=0.0)
-                mini_batch = mini_batch.with_fields(loss_statistics=columns)
+            mini_batch = self._with_statistics(mini_batch, objective)
         self.optimizer.zero_grad()
         for chunk in self.model_chunks:
             chunk.zero_grad_buffer()
@@ -313,6 +307,7 @@ class MegatronActor:
             self.most_consecutive_skips = max(self.most_consecutive_skips, self.consecutive_skips)
         else:
             _, grad_norm, _ = self.optimizer.step()
+            self._old_log_probs_are_current = False
             self._weights_are_complete = not self.parallel.dims.overlap_param_gather
             self.scheduler.step(increment=1)
             self.consecutive_skips = 0
@@ -325,6 +320,29 @@ class MegatronActor:
             "learning_rate": learning_rate,
             "skipped_update": float(is_skipped),
         }
+
+    def _with_statistics(self, mini_batch: PaddedSequences, objective: Objective) -> PaddedSequences:
+        """With ``loss_statistics`` of the current weights, on the last stage."""
+        current = mini_batch
+        if not self._old_log_probs_are_current:
+            current = self._with_log_probs(mini_batch)
+        if not self.parallel.is_last_stage:
+            return mini_batch
+        assert current.old_log_probs is not None
+        mask = mini_batch.loss_mask
+        found = loss_statistics(mini_batch, current.old_log_probs[mask], objective, self.parallel)
+        return mini_batch.with_fields(loss_statistics=_at_tokens(found, mask, fill=0.0))
+
+    def _with_log_probs(
+        self, sequences: PaddedSequences, progress: Progress | None = None
+    ) -> PaddedSequences:
+        """With the log-probs of the current weights as ``old_log_probs``, on the last stage."""
+        results = self._forward(sequences, self.token_terms.log_probs, progress)
+        if not results:
+            return sequences
+        return sequences.with_fields(
+            old_log_probs=_at_tokens(results["log_probs"], sequences.loss_mask, fill=0.0)
+        )
 
     def _forward(
         self, sequences: PaddedSequences, function: TokenFunction, progress: Progress | None

@@ -54,8 +54,9 @@ class AveragedWeights(WeightSnapshot):
     def update(self) -> None:
         """average <- decay * average + (1 - decay) * parameter."""
         for parameter, average in self.averages:
-            current = parameter.detach().cpu().float()  # in this order: no fp32 copy on the device
-            average.lerp_(current, 1 - self._decay)
+            # On the device, one tensor at a time: the host takes seconds for a billion parameters.
+            moved = average.to(parameter.device).lerp_(parameter.detach().float(), 1 - self._decay)
+            average.copy_(moved)
         self.refresh()
 
     @torch.no_grad()

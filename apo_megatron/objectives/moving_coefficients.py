@@ -35,6 +35,8 @@ class MovingObjective:
     every rank, because the metrics that it follows are.
     """
 
+    name = "objective"  # of the part of a checkpoint
+
     def __init__(self, objective: Objective) -> None:
         self._objective, self._cfg = objective, objective.cfg
         self._adapted_pull = objective.cfg.apo_pull_coeff

@@ -11,6 +11,7 @@ import numpy as np
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from apo_megatron.actor.actor import MegatronActor
+from apo_megatron.actor.forward_step import run_forward
 from apo_megatron.actor.micro_batches import MicroBatchSize
 from apo_megatron.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from apo_megatron.data.collate import TrainingSequence
@@ -28,6 +29,16 @@ def run_cases(payload: dict[str, Any]) -> list[dict[str, Any]]:
         assert parallel is not None
         results.append(_run_case(payload, case, parallel))
     return results
+
+
+def count_passes(payload: dict[str, Any]) -> list[int]:
+    """Passes without gradients in one step of each case."""
+    counts = []
+    for case in payload["cases"]:
+        with mock.patch("apo_megatron.actor.actor.run_forward", wraps=run_forward) as spy:
+            _run_case(payload, case, init_parallel(ParallelConfig(**case["layout"])))
+        counts.append(spy.call_count)
+    return counts
 
 
 def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelContext) -> dict[str, Any]:
