@@ -325,7 +325,10 @@ def test_fresh_repeats_the_named_runs_alone(run: Any, tmp_path: Path) -> None:
     assert run(fake, *words, "cispo", "--fresh")[0] == 0
     assert len(fake.commands) == 8  # six trials, two seeds; no data, no base
     assert all("objective.loss_mode=cispo" in command for command in fake.commands)
-    assert (tmp_path / "seed1" / "grpo" / "stage.json").exists()
+    assert (tmp_path / "seed1" / "tuned" / "grpo" / "stage.json").exists()
+    run(fake, "--seeds", "0", "1", "--methods", "cispo")  # not tuned: beside the tuned ones
+    fake.commands.clear()
+    assert run(fake, *words, "grpo", "cispo")[0] == 0 and fake.commands == []
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@
 
     OUT/seed0/data, base, base_test    problems, the cold-started model, its Pass@K
     OUT/seed0/METHOD                   100 steps from that base, evaluated on test.jsonl
+    OUT/seed0/tuned/METHOD             --tune: the same with the setting that was chosen
     OUT/seed3/tuning/METHOD/TRIAL      --tune: the same on a seed of its own, evaluated on validation.jsonl
     OUT                                results.json, table.md, frontier.png
 
@@ -185,7 +186,8 @@ class Comparison:
     def _training(self, name: str, seed: int, trial: Trial, is_tuning: bool = False) -> Stage:
         method, of_seed = METHODS[name], self.folder(seed)
         tried = trial.name(method)
-        folder = of_seed / "tuning" / name / tried if is_tuning else of_seed / name
+        final = of_seed / name if trial == Trial() else of_seed / "tuned" / name
+        folder = of_seed / "tuning" / name / tried if is_tuning else final
         overrides = (
             f"model.hf_path={of_seed / BASE / 'hf'}",
             f"data.train_path={of_seed / 'data' / 'train.jsonl'}",
