@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
+import signal
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -15,9 +19,11 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
+from apo_megatron import __version__
 from apo_megatron.config import RLConfig, load_config
 from apo_megatron.config.advantages import AdvantageEstimatorName
 from apo_megatron.config.policy_losses import PolicyLossName
+from apo_megatron.errors import DataError
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "countdown"
 NUM_SAMPLES, NUM_PROBLEMS = 32, 20
@@ -65,6 +71,16 @@ def test_every_method_has_the_same_number_of_trials_around_its_own_setting(compa
         assert len({json.dumps(config.model_dump(mode="json"), sort_keys=True) for config in configs}) == 6
         assert len({trial.name(method) for trial in tried}) == 6, name
         assert load(method.settings) in configs, name  # as configured is among them
+        if name != "p3o":
+            rates = [trial.learning_rate for trial in tried]
+            assert sorted(rates) == [1e-4] * 3 + [2e-4] * 3, name
+            assert len({trial.coefficient for trial in tried} - {None}) == 3, name
+
+
+def test_who_follows_the_sign_of_the_ratio_has_exact_old_log_probs(compare: ModuleType) -> None:
+    of_method = {name: load(method.settings) for name, method in compare.METHODS.items()}
+    exact = {name for name, config in of_method.items() if config.objective.old_log_probs == "recompute"}
+    assert exact == {"gbpo", "kl_cov"}
 
 
 def load(settings: Sequence[str]) -> RLConfig:
@@ -141,7 +157,7 @@ class FakeExecutor:
         self._ended: list[tuple[int, int]] = []
         self.commands: list[Sequence[str]] = []
 
-    def start(self, slot: int, command: Sequence[str], log: Path) -> None:
+    def start(self, slot: int, command: Sequence[str], log: Path, limit: int) -> None:
         self.commands.append(command)
         self._ended.append((slot, self._run(command, log)))
 
@@ -237,7 +253,8 @@ def test_tuning_takes_the_best_trial_and_tests_it_on_every_seed_on_other_problem
     scores = [trial["score"] for trial in results["methods"]["cispo"]["tuning"]]
     expected = math.sqrt(0.4 * 0.8)
     assert len(scores) == 6 and max(scores) == pytest.approx(expected)
-    assert results["methods"]["grpo"]["chosen"]["learning_rate"] == 5e-5  # the first of equals
+    first = {"learning_rate": 1e-4, "coefficient": 0.2}
+    assert results["methods"]["grpo"]["chosen"] == first  # of equals
     assert run(fake, "--tune", "--methods", "grpo", "cispo", "--seeds", "0", "1")[0] == 0
     assert fake.commands == []
 
@@ -300,18 +317,195 @@ def test_a_base_that_fails_ends_it(run: Any, capsys: pytest.CaptureFixture[str])
     assert fake.runs() == []
 
 
-def test_a_new_base_makes_what_was_built_on_it_anew(run: Any, tmp_path: Path) -> None:
+def test_fresh_repeats_the_named_runs_alone(run: Any, tmp_path: Path) -> None:
     fake = FakeExecutor(draw)
-    words = ("--methods", "grpo", "--seeds", "0", "1")
-    run(fake, *words)
-    assert len(fake.runs()) == 2
-    (tmp_path / "seed1" / "base" / "hf" / "config.json").unlink()
-    run(fake, *words)
-    kinds = [("sft" if "apo_megatron.sft" in c else "data" if "--out" in c else "run") for c in fake.commands]
-    assert kinds == ["sft", "run", "run"]  # its Pass@K and grpo, of seed 1 alone
+    words = ("--tune", "--seeds", "0", "1", "--methods")
+    run(fake, *words, "grpo", "cispo")
     fake.commands.clear()
-    run(fake, *words, "--fresh")
-    assert len(fake.commands) == 8
+    assert run(fake, *words, "cispo", "--fresh")[0] == 0
+    assert len(fake.commands) == 8  # six trials, two seeds; no data, no base
+    assert all("objective.loss_mode=cispo" in command for command in fake.commands)
+    assert (tmp_path / "seed1" / "tuned" / "grpo" / "stage.json").exists()
+    run(fake, "--seeds", "0", "1", "--methods", "cispo")  # not tuned: beside the tuned ones
+    fake.commands.clear()
+    assert run(fake, *words, "grpo", "cispo")[0] == 0 and fake.commands == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda of_seed: ("--quick",),
+            r"seed0/data was made by\n.*--num-test 400\nand now .*--num-test 8\ndelete",
+        ),
+        (
+            lambda of_seed: (of_seed / "base" / "hf" / "config.json").unlink(),
+            "base is gone or not complete, and 2",
+        ),
+        (lambda of_seed: shutil.rmtree(of_seed / "data"), "data is gone or not complete, and 3"),
+    ],
+)
+def test_data_and_bases_that_are_built_on_are_never_made_anew(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, said: str
+) -> None:
+    fake = FakeExecutor(draw)
+    words = ("--methods", "grpo", "--seeds", "0")
+    run(fake, *words)
+    fake.commands.clear()
+    more = change(tmp_path / "seed0") or ()
+    assert run(fake, *words, *more)[0] == 2
+    assert fake.commands == [] and (tmp_path / "seed0" / "grpo" / "stage.json").exists()
+    shown = capsys.readouterr().err
+    assert re.search(said, shown, re.DOTALL), shown
+    assert f"delete {tmp_path / 'seed0'}, or choose another --out" in shown
+
+
+def test_another_interpreter_is_no_other_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeExecutor(draw)
+    words = ("--methods", "grpo", "--seeds", "0")
+    run(fake, *words)
+    fake.commands.clear()
+    monkeypatch.setattr(sys, "executable", "/elsewhere/bin/python")
+    assert run(fake, *words)[0] == 0 and fake.commands == []
+
+
+def test_an_edited_file_is_another_run(
+    run: Any,
+    compare: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import stages
+
+    here = tmp_path_factory.mktemp("countdown")
+    for path in (*EXAMPLE.glob("*.yaml"), EXAMPLE / "prepare.py"):
+        shutil.copy(path, here)
+    for module in (compare, stages):
+        monkeypatch.setattr(module, "HERE", here)
+
+    def edit(name: str, old: str, new: str) -> None:
+        text = (here / name).read_text()
+        assert old in text
+        (here / name).write_text(text.replace(old, new))
+
+    fake = FakeExecutor(draw)
+    words = ("--methods", "grpo", "--seeds", "0")
+    assert run(fake, *words)[0] == 0 and len(fake.commands) == 4
+    fake.commands.clear()
+    edit("compare.yaml", "  num_steps: 100", "  num_steps: 100  # not many")
+    assert run(fake, *words)[0] == 0 and fake.commands == []
+    edit("base.yaml", "clip_low: 0.2", "clip_low: 0.1")
+    assert run(fake, *words)[0] == 0
+    assert len(fake.commands) == 1 and len(fake.runs()) == 1
+    edit("evaluate.yaml", "max_batch_size: 4096", "max_batch_size: 2048")
+    assert run(fake, *words)[0] == 0
+    assert len(fake.commands) == 1 and fake.runs() == []
+    for name, old, new in (
+        ("sft.yaml", "lr: 2.0e-3", "lr: 3.0e-3"),
+        ("prepare.py", "LARGEST_TARGET = 100", "LARGEST_TARGET = 90"),
+    ):
+        edit(name, old, new)
+        assert run(fake, *words)[0] == 2 and fake.commands == []
+        assert "was made before the script or YAML file changed" in capsys.readouterr().err
+        edit(name, new, old)
+    (here / "sft.yaml").write_text("train: [\n")
+    assert run(fake, *words)[0] == 2 and "sft.yaml" in capsys.readouterr().err
+
+
+def test_what_a_caption_says(run: Any, tmp_path: Path) -> None:
+    def counts(settings: dict[str, str]) -> list[int] | None:
+        is_d3s, rate = settings.get("rollout.sample_filter") == "d3s", settings.get("optimizer.lr")
+        fails = is_d3s and rate == "0.0002" and settings["rollout.d3s.first_share"] == "0.25"
+        return None if fails else draw(settings)
+
+    fake = FakeExecutor(counts)
+    _, results = run(fake, "--tune", "--methods", "dapo", "p3o", "d3s", "--seeds", "0")
+    table = (tmp_path / "table.md").read_text()
+    assert "two learning rates x three values of one setting; P3O: six learning rates." in table
+    assert "DAPO draws more prompts" in table and "D3S trains on a part of the samples." in table
+    assert "Trials that failed: D3S (lr 0.0002, `first_share` 0.25)." in table
+    assert results["settings"]["version"] == __version__
+    run(fake, "--methods", "grpo", "--seeds", "0")
+    table = (tmp_path / "table.md").read_text()
+    assert not any(word in table for word in ("DAPO", "D3S", "P3O", "Trials"))
+
+
+def test_what_cannot_be_read_ends_it(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake = FakeExecutor(draw)
+    words = ("--methods", "grpo", "--seeds", "0")
+    run(fake, *words)
+    (tmp_path / "results.json").unlink()
+    (tmp_path / "seed0" / "grpo" / "evaluation_final.json").write_text("{}")
+    assert run(fake, *words) == (2, {})
+    assert "not an evaluation" in capsys.readouterr().err
+
+
+def test_a_page_without_a_place_ends_it_before_anything_runs(
+    run: Any,
+    compare: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "page.md").write_text("# A page\n")
+    monkeypatch.setattr(compare, "PAGE", tmp_path / "page.md")
+    fake = FakeExecutor(draw)
+    assert run(fake, "--tune", "--update-docs") == (2, {})
+    assert "lacks the lines" in capsys.readouterr().err and fake.commands == []
+
+
+def test_a_worker_that_dies_ends_it(
+    compare: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    assert compare.main(["--out", str(tmp_path), "--methods", "grpo", "--seeds", "0", "--jobs", "1"]) == 1
+    assert "error: worker 0 has ended" in capsys.readouterr().err
+
+
+def test_a_run_that_hangs_is_killed_and_shown(run: Any, compare: ModuleType, tmp_path: Path) -> None:
+    script = tmp_path / "hangs.py"
+    script.write_text("import time\ntime.sleep(60)\n")
+    command, log = [sys.executable, str(script)], str(tmp_path / "hangs.log")
+    code = f"import side_by_side; side_by_side._become({command!r}, {log!r}, 1)"
+    path = {"PYTHONPATH": f"{EXAMPLE}:{EXAMPLE.parents[1]}"}
+    killed = subprocess.run([sys.executable, "-c", code], env=path, timeout=50, check=False)
+    assert killed.returncode == -signal.SIGALRM
+
+    class Hanging(FakeExecutor):
+        def start(self, slot: int, command: Sequence[str], log: Path, limit: int) -> None:
+            super().start(slot, command, log, limit)
+            if "objective.loss_mode=cispo" in command:
+                assert limit == 1000  # 20 times as long as expected
+                self._ended[-1] = (slot, -signal.SIGALRM)
+
+    _, results = run(Hanging(draw), "--methods", "grpo", "cispo", "--seeds", "0")
+    assert "had not ended after 16:40, its limit" in results["methods"]["cispo"]["failed"]
+    assert results["methods"]["grpo"]["failed"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tune", "--seeds", "2", "3"], "--tuning-seed 3 is one of --seeds"),
+        (["--update-docs"], "--update-docs needs --tune"),
+        (["--update-docs", "--tune", "--methods", "grpo"], "all methods"),
+        (["--update-docs", "--tune", "--seeds", "0", "1", "1"], "3 seeds or more"),
+        (["--update-docs", "--tune", "--quick"], "no --quick"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    compare: ModuleType, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        compare.main(words)
+    assert said in capsys.readouterr().err
+
+
+def test_quick_runs_have_a_folder_of_their_own(compare: ModuleType) -> None:
+    assert compare._parse([]).out != compare._parse(["--quick"]).out
+    assert compare._parse(["--quick", "--out", "here"]).out == "here"
 
 
 def test_commands_of_a_real_comparison_are_valid(run: Any) -> None:
@@ -336,7 +530,7 @@ def test_section_of_the_page_is_replaced(compare_results: ModuleType) -> None:
     for text in (once, again):
         assert text.partition(compare_results.BEGIN)[0] == page.partition(compare_results.BEGIN)[0]
         assert text.partition(compare_results.END)[2] == page.partition(compare_results.END)[2]
-    with pytest.raises(ValueError, match="lacks the lines"):
+    with pytest.raises(DataError, match="lacks the lines"):
         compare_results.with_section("# A page", "a table", "picture.png")
 
 

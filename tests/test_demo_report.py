@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -263,6 +264,29 @@ def test_demo_runs_all_stages_and_repeats_only_what_is_out_of_date(
     assert demo.main([*out, "--fresh"]) == 0 and fake.names() == ["data", "base", "grpo", "apo"]
     (tmp_path / "base" / "hf" / "config.json").unlink()
     assert demo.main(out) == 0 and fake.names() == ["base", "grpo", "apo"]
+
+
+def test_an_edited_yaml_is_another_run(
+    demo: ModuleType,
+    fake: FakeCommands,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    here = tmp_path / "countdown"
+    shutil.copytree(demo.HERE, here)
+    for module in (demo, sys.modules["stages"]):
+        monkeypatch.setattr(module, "HERE", here)
+    out = ["--out", str(tmp_path / "out")]
+    assert demo.main(out) == 0 and len(fake.names()) == 4
+    (here / "apo.yaml").write_text((here / "apo.yaml").read_text() + "optimizer: {lr: 2.0e-4}\n")
+    assert demo.main(out) == 0 and fake.names() == ["apo"]
+    with (here / "sft.yaml").open("a") as file:
+        file.write("# a comment\n")
+    assert demo.main(out) == 0 and fake.names() == []
+    (here / "sft.yaml").write_text("train: [\n")
+    assert demo.main(out) == 2 and fake.names() == []
+    assert "sft.yaml" in capsys.readouterr().err
 
 
 def test_demo_over_seeds(demo: ModuleType, fake: FakeCommands, tmp_path: Path) -> None:

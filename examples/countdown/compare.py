@@ -1,27 +1,30 @@
-"""What each method does to Pass@1 and Pass@256 on Countdown, at the same data, steps and tuning budget.
+"""What each method does to Pass@1 and Pass@256 on Countdown, at the same problems, steps and tuning budget.
 
     python examples/countdown/compare.py --tune --seeds 0 1 2 --jobs 2
     python examples/countdown/compare.py --methods grpo apo cispo      # untuned, as methods.py says
 
     OUT/seed0/data, base, base_test    problems, the cold-started model, its Pass@K
     OUT/seed0/METHOD                   100 steps from that base, evaluated on test.jsonl
+    OUT/seed0/tuned/METHOD             --tune: the same with the setting that was chosen
     OUT/seed3/tuning/METHOD/TRIAL      --tune: the same on a seed of its own, evaluated on validation.jsonl
     OUT                                results.json, table.md, frontier.png
 
-With --tune every method gets six trials: six learning rates, or two for each of three values of its one
-coefficient. The trial with the largest sqrt(Pass@1 x Pass@256) on the validation problems is then run on all
-seeds and evaluated on the test problems, which nothing was chosen on. That score is the area which a point of
-the picture dominates: gaining a tenth of Pass@1 is worth losing a tenth of Pass@256.
+With --tune every method gets six trials: the same two learning rates for each of three values of its most
+important setting (P3O, which has none: six learning rates). The trial with the largest sqrt(Pass@1 x
+Pass@256) on the validation problems is then run on all seeds and evaluated on the test problems, which
+nothing was chosen on. That score is the area which a point of the picture dominates: gaining a tenth of
+Pass@1 is worth losing a tenth of Pass@256.
 
 Each run is a command of its own, the first line of its log (OUT/.../METHOD.log). Run again, this goes on
-after what has finished; what failed is shown as failed, and tried again the next time.
+after what has finished with the same command and YAML file; what failed, or took 20 times as long as
+expected, is shown as failed, and tried again the next time. Data and bases are never made anew: where those
+in OUT are not what would be made now, this says so and ends. For new ones choose another OUT.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,7 +32,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compare_results import MethodRuns, TrialRun, best_trial, shown, write_results
+from compare_results import PAGE, MethodRuns, TrialRun, best_trial, shown, with_section, write_results
 from methods import METHODS, Method, Trial, trials
 from report import Counts, read_counts
 from side_by_side import Executor, Workers, run_all
@@ -40,14 +43,20 @@ from stages import (
     Stage,
     StageFailed,
     data_stage,
+    digest_of,
     program,
+    refuse_others,
     relative,
     sft_stage,
     short,
 )
 
+from apo_megatron import __version__
+from apo_megatron.errors import ConfigError, DataError
 from apo_megatron.telemetry.progress import duration
 
+OUT, QUICK_OUT = "runs/compare", "runs/compare_quick"
+SEEDS_OF_DOCS = 3
 BASE_TEST = "base_test"
 DATA = ("--num-validation", "200", "--num-test", "400")
 QUICK_DATA = (
@@ -81,19 +90,18 @@ class Comparison:
     quick: bool
     fresh: bool
     failures: dict[Path, str] = field(default_factory=dict)
+    digest: str = field(default_factory=lambda: digest_of(HERE / "compare.yaml"))  # of every training
 
     def folder(self, seed: int) -> Path:
         return self.out / f"seed{seed}"
 
     def prepare(self, seeds: Sequence[int]) -> None:
-        """Problems, a base and its Pass@K for each seed. Raises StageFailed."""
+        """Problems, a base and its Pass@K for each seed. Raises StageFailed, and DataError for other ones."""
+        for seed in seeds:
+            refuse_others(self._data(seed), built_before=())
+            refuse_others(self._base(seed), built_before=("data",))
         for make in (self._data, self._base, self._base_test):
-            stages = [make(seed) for seed in seeds]
-            for stage in stages:
-                if self.fresh or not stage.is_finished():  # what was built on it is out of date
-                    keep = {"data": (), BASE: ("data",)}.get(stage.folder.name)
-                    _remove_all_but(stage.folder.parent, keep)
-            failures = self._run(stages)
+            failures = self._run([make(seed) for seed in seeds], fresh=False)
             if failures:
                 raise StageFailed(f"nothing can be compared: {'; '.join(failures.values())}", 1)
 
@@ -103,7 +111,7 @@ class Comparison:
             name: [(trial, self._training(name, seed, trial, is_tuning=True)) for trial in trials(method)]
             for name, method in methods.items()
         }
-        self.failures |= self._run([stage for runs in planned.values() for _, stage in runs])
+        self.failures |= self._run([stage for runs in planned.values() for _, stage in runs], self.fresh)
         return {
             name: [TrialRun(trial, self._counts(stage), self._reason(stage)) for trial, stage in runs]
             for name, runs in planned.items()
@@ -115,7 +123,9 @@ class Comparison:
             name: {seed: self._training(name, seed, trial) for seed in seeds}
             for name, trial in chosen.items()
         }
-        self.failures |= self._run([stage for runs in planned.values() for stage in runs.values()])
+        self.failures |= self._run(
+            [stage for runs in planned.values() for stage in runs.values()], self.fresh
+        )
         return planned
 
     def method_runs(
@@ -137,8 +147,8 @@ class Comparison:
         """The evaluations of the bases. Raises DataError."""
         return {seed: read_counts(self._base_test(seed).results[0]) for seed in seeds}
 
-    def _run(self, stages: Sequence[Stage]) -> dict[Path, str]:
-        return run_all(stages, self.executor, self.progress, self.fresh, self._describe)
+    def _run(self, stages: Sequence[Stage], fresh: bool) -> dict[Path, str]:
+        return run_all(stages, self.executor, self.progress, fresh, self._describe)
 
     def _describe(self, stage: Stage) -> str:
         counts = self._counts(stage)
@@ -168,15 +178,16 @@ class Comparison:
             "evaluation.ks=[1, 256]",
             *(QUICK_MEASUREMENT if self.quick else ()),
         )
-        config = ("--config", str(HERE / "evaluate.yaml"))
-        command = (sys.executable, "-m", "apo_megatron.evaluate", *config, *overrides)
-        title = f"Pass@K of the base (seed {seed})"
-        return Stage(title, "evaluation", folder, relative(command), (folder / "results.json",))
+        config = HERE / "evaluate.yaml"
+        command = (sys.executable, "-m", "apo_megatron.evaluate", "--config", str(config), *overrides)
+        title, results = f"Pass@K of the base (seed {seed})", (folder / "results.json",)
+        return Stage(title, "evaluation", folder, relative(command), results, digest_of(config))
 
     def _training(self, name: str, seed: int, trial: Trial, is_tuning: bool = False) -> Stage:
         method, of_seed = METHODS[name], self.folder(seed)
         tried = trial.name(method)
-        folder = of_seed / "tuning" / name / tried if is_tuning else of_seed / name
+        final = of_seed / name if trial == Trial() else of_seed / "tuned" / name
+        folder = of_seed / "tuning" / name / tried if is_tuning else final
         overrides = (
             f"model.hf_path={of_seed / BASE / 'hf'}",
             f"data.train_path={of_seed / 'data' / 'train.jsonl'}",
@@ -189,20 +200,16 @@ class Comparison:
         )
         command = program(1, "apo_megatron.train", HERE / "compare.yaml", overrides)
         title = f"{name} {tried} ({'tuning' if is_tuning else f'seed {seed}'})"
-        return Stage(title, "run", folder, command, (folder / "evaluation_final.json",))
-
-
-def _remove_all_but(folder: Path, keep: Sequence[str] | None) -> None:
-    """What is in ``folder`` (with its logs) but for ``keep``; None = keep all."""
-    if keep is None or not folder.exists():
-        return
-    for path in folder.iterdir():
-        if path.name.removesuffix(".log") not in keep:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return Stage(title, "run", folder, command, (folder / "evaluation_final.json",), self.digest)
 
 
 def compare(options: argparse.Namespace, out: Path, executor: Executor) -> list[Path]:
-    """Run all that is missing and write the results; the files written. Raises StageFailed, DataError."""
+    """Run all that is missing and write the results; the files written.
+
+    Raises StageFailed, DataError, ConfigError.
+    """
+    if options.update_docs:
+        with_section(PAGE.read_text(), "", "")  # is there a place? Before hours of work
     methods = {name: METHODS[name] for name in options.methods}
     seeds = options.seeds
     bases = list(dict.fromkeys([*seeds, *([options.tuning_seed] if options.tune else [])]))
@@ -228,6 +235,7 @@ def compare(options: argparse.Namespace, out: Path, executor: Executor) -> list[
         "seeds": seeds,
         "tuning_seed": options.tuning_seed if options.tune else None,
         "quick": options.quick,
+        "version": __version__,
     }
     print(f"\n=== results | elapsed {duration(progress.elapsed)}\n", flush=True)
     return write_results(out, comparison.base_counts(seeds), found, settings, options.update_docs)
@@ -242,6 +250,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StageFailed as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return error.code
+    except (ConfigError, DataError) as error:
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        return 2
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to go on", file=sys.stderr, flush=True)
         return 130
@@ -256,9 +267,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", default="runs/compare", help="where everything goes (default: %(default)s)")
+    parser.add_argument("--out", help=f"where everything goes (default: {OUT}; with --quick {QUICK_OUT})")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME",
-                        help=f"default: all of {', '.join(METHODS)}")  # fmt: skip
+                        help="the files written are of these alone, whatever else OUT holds "
+                        f"(default: all of {', '.join(METHODS)})")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and base")
     parser.add_argument("--tune", action="store_true", help="six trials a method first")
     parser.add_argument(
@@ -266,17 +278,30 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two steps a run: does it run? Not a result")
-    parser.add_argument("--fresh", action="store_true", help="repeat what has finished before")
     parser.add_argument(
-        "--update-docs", action="store_true", help="put table and picture into docs/methods.md"
+        "--fresh",
+        action="store_true",
+        help="repeat the runs (and trials) of --methods on --seeds, on the same bases",
+    )
+    parser.add_argument(
+        "--update-docs",
+        action="store_true",
+        help="put table and picture into docs/methods.md (with --tune, all "
+        f"methods and {SEEDS_OF_DOCS} seeds or more)",
     )
     options = parser.parse_args(argv)
     options.seeds, options.methods = list(dict.fromkeys(options.seeds)), list(dict.fromkeys(options.methods))
     options.words = list(argv)
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: expected 1 or more")
-    if options.update_docs and options.quick:
-        parser.error("--update-docs with --quick: these numbers mean nothing")
+    if options.tune and options.tuning_seed in options.seeds:
+        parser.error(f"--tuning-seed {options.tuning_seed} is one of --seeds: choose a seed for tuning alone")
+    is_whole = options.tune and set(options.methods) == set(METHODS) and len(options.seeds) >= SEEDS_OF_DOCS
+    if options.update_docs and (options.quick or not is_whole):
+        parser.error(
+            f"--update-docs needs --tune, all methods, {SEEDS_OF_DOCS} seeds or more, and no --quick"
+        )
+    options.out = options.out or (QUICK_OUT if options.quick else OUT)
     return options
 
 

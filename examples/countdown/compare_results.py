@@ -17,6 +17,7 @@ from methods import FAMILIES, Method, Trial
 from report import Counts, markdown_table
 from stages import BASE, ROOT, STAMP
 
+from apo_megatron.errors import DataError
 from apo_megatron.evaluation.bootstrap import two_way_interval
 from apo_megatron.telemetry.metrics import METRICS_FILE, read_metrics
 
@@ -105,6 +106,7 @@ def _method(found: MethodRuns) -> dict[str, Any]:
         "family": found.method.family,
         "settings": list(found.method.settings),
         "coefficient": tuned.field if tuned else None,
+        "data": found.method.data,
         "chosen": None if found.trial is None else _trial(found.trial),
         "failed": found.failed or None,
         "tuning": [
@@ -181,7 +183,7 @@ def table(results: Mapping[str, Any]) -> str:
         rows.append(
             [
                 content["label"],
-                _setting(content),
+                _setting(content, content["chosen"]),
                 *(_percent(content, k) for k in ks),
                 *(_points(against[k]) if k in against else "" for k in ks),
             ]
@@ -204,12 +206,12 @@ def _points(found: Mapping[str, Any]) -> str:
     return f"{100 * found['difference']:+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _setting(content: Mapping[str, Any]) -> str:
-    chosen, parts = content["chosen"], []
-    if chosen["learning_rate"] is not None:
-        parts.append(f"lr {chosen['learning_rate']:g}")
-    if chosen["coefficient"] is not None:
-        parts.append(f"`{content['coefficient'].rsplit('.', 1)[-1]}` {chosen['coefficient']:g}")
+def _setting(content: Mapping[str, Any], trial: Mapping[str, Any]) -> str:
+    parts = []
+    if trial["learning_rate"] is not None:
+        parts.append(f"lr {trial['learning_rate']:g}")
+    if trial["coefficient"] is not None:
+        parts.append(f"`{content['coefficient'].rsplit('.', 1)[-1]}` {trial['coefficient']:g}")
     return ", ".join(parts) or "as configured"
 
 
@@ -223,16 +225,24 @@ def caption(results: Mapping[str, Any]) -> str:
         if len(seeds) > 1
         else f"seed {names}."
     )
-    tuned = (
-        "Settings: as configured, not tuned."
-        if tuning_seed is None
-        else f"Settings: the best of six trials on seed {tuning_seed} and other problems, by sqrt(@1 x @n)."
-    )
-    failed = [
-        f"{content['label']} failed: {content['failed']}."
-        for content in ordered(results["methods"])
-        if content["failed"]
+    methods = ordered(results["methods"])
+    tuned = ["Settings: as configured, not tuned."]
+    if tuning_seed is not None:
+        best = f"Settings: the best of six trials on seed {tuning_seed} and other problems, by sqrt(@1 x @n)"
+        grid = "two learning rates x three values of one setting"
+        alone = [
+            f"{content['label']}: six learning rates" for content in methods if not content["coefficient"]
+        ]
+        tuned = [f"{best}; {'; '.join([grid, *alone])}."]
+    other_data = [f"{content['label']} {content['data']}." for content in methods if content["data"]]
+    failed = [f"{content['label']} failed: {content['failed']}." for content in methods if content["failed"]]
+    trials = [
+        f"{content['label']} ({_setting(content, trial)})"
+        for content in methods
+        for trial in content["tuning"]
+        if trial["failed"]
     ]
+    failed += [f"Trials that failed: {', '.join(trials)}."] if trials else []
     return " ".join(
         [
             f"Pass@K in per cent on {settings['num_problems']} test problems, {settings['num_samples']} "
@@ -240,7 +250,8 @@ def caption(results: Mapping[str, Any]) -> str:
             of_seeds,
             "Differences in points, paired; [95 % interval: bootstrap over problems",
             "and seeds, which so few seeds make too narrow]." if len(seeds) > 1 else "alone].",
-            tuned,
+            *tuned,
+            *other_data,
             *failed,
         ]
     )
@@ -268,27 +279,32 @@ def write_results(
     settings: Mapping[str, Any],
     update_docs: bool,
 ) -> list[Path]:
-    """Write results.json, table.md and frontier.png under ``out`` and print the table; the files written."""
+    """Write results.json, table.md and frontier.png under ``out`` and print the table; the files written.
+
+    Raises DataError for a page without its markers and for what a run left that cannot be read: then nothing
+    is written.
+    """
     results = summarize(base, runs, settings)
     results_path, table_path, picture = out / "results.json", out / "table.md", out / "frontier.png"
-    results_path.write_text(json.dumps(results) + "\n")
     text = f"{table(results)}\n\n{caption(results)}\n\nMade by `{settings['command']}`.\n"
+    page = with_section(PAGE.read_text(), text, PAGE_PICTURE.name) if update_docs else None
+    results_path.write_text(json.dumps(results) + "\n")
     table_path.write_text(text)
     print(text)
     frontier_picture(points(results), picture, results["settings"]["num_samples"])
     written = [results_path, table_path, picture]
-    if update_docs:
+    if page is not None:
         shutil.copyfile(picture, PAGE_PICTURE)
-        PAGE.write_text(with_section(PAGE.read_text(), text, PAGE_PICTURE.name))
+        PAGE.write_text(page)
         written += [PAGE, PAGE_PICTURE]
     return written
 
 
 def with_section(page: str, text: str, picture: str) -> str:
-    """``page`` with ``text`` and ``picture`` between its markers. Raises ValueError where it has none."""
+    """``page`` with ``text`` and ``picture`` between its markers. Raises DataError where it has none."""
     before, found_begin, rest = page.partition(BEGIN)
     _, found_end, after = rest.partition(END)
     if not found_begin or not found_end:
-        raise ValueError(f"{PAGE.name} lacks the lines {BEGIN} and {END}, between which the table belongs")
+        raise DataError(f"{PAGE.name} lacks the lines {BEGIN} and {END}, between which the table belongs")
     image = f"![Pass@1 against Pass@256 of every method, its seeds and the base]({picture})"
     return f"{before}{BEGIN}\n\n{text}\n{image}\n\n{END}{after}"

@@ -14,7 +14,8 @@ With several seeds each has its folders under OUT/seed0, OUT/seed1, ...
 With --rollout sglang a real SGLang server, on the CPU, draws the samples (make sglang-cpu installs it), which
 takes five times as long: that server has no fast kernels there.
 
-Run again, it goes on after the last stage that finished with the same command (--fresh: from the start).
+Run again, it goes on after the last stage that finished with the same command and YAML file
+(--fresh: from the start).
 """
 
 from __future__ import annotations
@@ -41,12 +42,14 @@ from stages import (
     Stage,
     StageFailed,
     data_stage,
+    digest_of,
     program,
     sft_stage,
     shell,
     short,
 )
 
+from apo_megatron.errors import ConfigError
 from apo_megatron.telemetry.progress import duration
 
 SGLANG_PYTHON = ".venv-sglang/bin/python"
@@ -84,13 +87,15 @@ def rl_stage(
         *(SGLANG if rollout == "sglang" else ()),
         *((f"train.num_steps={steps}",) if steps is not None else ()),
     )
-    command = program(nproc, "apo_megatron.train", HERE / f"{folder.name}.yaml", overrides)
+    config = HERE / f"{folder.name}.yaml"
+    command = program(nproc, "apo_megatron.train", config, overrides)
     return Stage(
         f"{METHODS[folder.name]} (seed {seed})",
         rollout,
         folder,
         command,
         (folder / "evaluation_final.json", *((folder / "evaluation_start.json",) if with_base else ())),
+        digest_of(config),
     )
 
 
@@ -163,6 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StageFailed as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return error.code
+    except ConfigError as error:
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        return 2
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to go on", file=sys.stderr, flush=True)
         return 130

@@ -13,9 +13,9 @@ BASELINE, LOSS, VARIANT, ADVANTAGE, SAMPLES = (
 )
 FAMILIES = (BASELINE, LOSS, VARIANT, ADVANTAGE, SAMPLES)
 
-# What --tune tries, six settings for every method: learning rates, and values of its own coefficient.
-LEARNING_RATES_WITH_COEFFICIENT = (1e-4, 2e-4)  # x 3 values
-LEARNING_RATES_ALONE = (5e-5, 7e-5, 1e-4, 1.4e-4, 2e-4, 2.8e-4)
+# What --tune tries, six settings for every method: learning rates, and values of its most important setting.
+LEARNING_RATES = (1e-4, 2e-4)  # x 3 values
+LEARNING_RATES_ALONE = (5e-5, 7e-5, 1e-4, 1.4e-4, 2e-4, 2.8e-4)  # of a method with nothing to set
 
 # Right answers alone reach the reward of 1 that counts as solved; nearly all answers have the form.
 _TWO_REWARDS = (
@@ -45,6 +45,7 @@ class Method:
     family: str
     settings: tuple[str, ...] = ()
     tuned: Coefficient | None = None
+    data: str = ""  # what it trains on, where that is not what the others do
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,19 @@ def trials(method: Method) -> list[Trial]:
     """The six settings of ``method`` that --tune tries."""
     if method.tuned is None:
         return [Trial(lr) for lr in LEARNING_RATES_ALONE]
-    return [Trial(lr, value) for lr in LEARNING_RATES_WITH_COEFFICIENT for value in method.tuned.values]
+    return [Trial(lr, value) for lr in LEARNING_RATES for value in method.tuned.values]
 
 
 def _over(field: str, low: float, middle: float, high: float, *others: str) -> Coefficient:
     return Coefficient(f"objective.{field}", (low, middle, high), tuple(f"objective.{o}" for o in others))
 
 
-def _loss(label: str, name: str, tuned: Coefficient | None = None, *settings: str) -> Method:
+# Of the methods that have nothing of their own but keep GRPO's clip.
+_CLIP_HIGH = _over("clip_high", 0.2, 0.28, 0.4)
+_CLIP_LOW = _over("clip_low", 0.1, 0.2, 0.3)
+
+
+def _loss(label: str, name: str, tuned: Coefficient | None, *settings: str) -> Method:
     return Method(label, LOSS, (f"objective.loss_mode={name}", *settings), tuned)
 
 
@@ -89,7 +95,7 @@ def _variant(label: str, tuned: Coefficient, *settings: str) -> Method:
     return Method(label, VARIANT, (*_APO, *settings), tuned)
 
 
-def _advantage(label: str, name: str, tuned: Coefficient | None = None, *settings: str) -> Method:
+def _advantage(label: str, name: str, tuned: Coefficient = _CLIP_HIGH, *settings: str) -> Method:
     return Method(label, ADVANTAGE, (f"objective.advantage_estimator={name}", *settings), tuned)
 
 
@@ -105,13 +111,15 @@ _APO = ("objective.loss_mode=apo_ratio", "objective.apo_pull_coeff=0.15")
 _PULL = _over("apo_pull_coeff", 0.1, 0.15, 0.2)
 # The bounds of the authors are those of answers of thousands of tokens; here an answer has six.
 _GSPO = ("objective.gspo.clip_low=0.04", "objective.gspo.clip_high=0.04")
+# GBPO and KL-Cov follow the sign of r - 1: at r = 1 this must not be the rounding of engine against actor.
+_EXACT_OLD = ("objective.old_log_probs=recompute",)
 
 METHODS: dict[str, Method] = {
-    "grpo": Method("GRPO", BASELINE),
+    "grpo": Method("GRPO", BASELINE, (), _CLIP_HIGH),
     "grpo_kl": Method("GRPO + KL", BASELINE, _KL, _over("kl_loss_coeff", 0.01, 0.02, 0.05)),
     "kl_on_wrong": Method("KL on wrong", BASELINE, _KL_ON_WRONG, _over("kl_loss_coeff", 0.02, 0.05, 0.1)),
-    "dr_grpo": Method("Dr.GRPO", BASELINE, _DR_GRPO),
-    "dapo": Method("DAPO", BASELINE, _DAPO, _over("clip_high", 0.2, 0.28, 0.4)),
+    "dr_grpo": Method("Dr.GRPO", BASELINE, _DR_GRPO, _CLIP_HIGH),
+    "dapo": Method("DAPO", BASELINE, _DAPO, _CLIP_HIGH, "draws more prompts, until enough groups are mixed"),
     "apo": Method("APO", BASELINE, _APO, _PULL),
     # policy losses, with GRPO's advantages
     "cispo": _loss("CISPO", "cispo", _over("cispo.clip_high", 2, 4, 8)),
@@ -126,11 +134,11 @@ METHODS: dict[str, Method] = {
     "simko": _loss("SimKO", "simko", _over("simko.mix", 0.01, 0.05, 0.1)),
     "topk_forward_kl": _loss("Top-K KL", "topk_forward_kl", _over("topk_forward_kl.weight", 0.02, 0.05, 0.1)),
     "clip_cov": _loss("Clip-Cov", "clip_cov", _over("clip_cov.share", 2e-4, 2e-3, 2e-2)),
-    "kl_cov": _loss("KL-Cov", "kl_cov", _over("kl_cov.share", 2e-3, 2e-2, 2e-1)),
+    "kl_cov": _loss("KL-Cov", "kl_cov", _over("kl_cov.share", 2e-3, 2e-2, 2e-1), *_EXACT_OLD),
     "bapo": _loss("BAPO", "bapo", _over("bapo.target", 0.25, 0.5, 1)),
     "dmpo": _loss("DMPO", "dmpo", _over("dmpo.coeff", 1, 2, 4)),
-    "p3o": _loss("P3O", "p3o"),
-    "gbpo": _loss("GBPO", "gbpo", _over("gbpo.temperature", 0.1, 0.3, 1)),
+    "p3o": _loss("P3O", "p3o", None),
+    "gbpo": _loss("GBPO", "gbpo", _over("gbpo.temperature", 0.1, 0.3, 1), *_EXACT_OLD),
     # variants of APO
     "apo_detached": _variant("APO, pull detached", _PULL, "objective.apo_variants.detach_pull=true"),
     "apo_adaptive": _variant(
@@ -159,14 +167,14 @@ METHODS: dict[str, Method] = {
     "reinforce_plus_plus_baseline": _advantage("REINFORCE++", "reinforce_plus_plus_baseline"),
     "opo": _advantage("OPO", "opo"),
     "psr": _advantage("PSR", "psr"),
-    "nsr": _advantage("NSR", "nsr"),
+    "nsr": _advantage("NSR", "nsr", _CLIP_LOW),
     "w_reinforce": _advantage(
         "W-REINFORCE", "w_reinforce", _over("w_reinforce.right_weight", 0.05, 0.1, 0.2)
     ),
     "passk": _advantage("Pass@k training", "passk", _over("passk.k", 2, 4, 8)),
     "pkpo": _advantage("PKPO", "pkpo", _over("pkpo.k", 2, 4, 8)),
-    "gdpo": _advantage("GDPO", "gdpo", None, *_TWO_REWARDS),
-    "dvao": _advantage("DVAO", "dvao", None, *_TWO_REWARDS),
+    "gdpo": _advantage("GDPO", "gdpo", _CLIP_HIGH, *_TWO_REWARDS),
+    "dvao": _advantage("DVAO", "dvao", _CLIP_HIGH, *_TWO_REWARDS),
     "riskpo": _advantage(
         "RiskPO", "riskpo", _over("riskpo.cvar_weight", 0.5, 1.5, 3), "objective.riskpo.bundle_size=4"
     ),
@@ -178,5 +186,6 @@ METHODS: dict[str, Method] = {
         SAMPLES,
         ("rollout.sample_filter=d3s",),
         Coefficient("rollout.d3s.first_share", (0.25, 0.5, 0.75)),
+        "trains on a part of the samples",
     ),
 }

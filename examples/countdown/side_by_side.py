@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, NoReturn, Protocol
 
-from stages import ROOT, Progress, Stage, short
+from stages import ROOT, Progress, Stage, StageFailed, short
 
 from apo_megatron.telemetry.progress import duration
 
@@ -40,8 +40,8 @@ class Executor(Protocol):
     @property
     def num_slots(self) -> int: ...
 
-    def start(self, slot: int, command: Sequence[str], log: Path) -> None:
-        """Start ``command``, all output into ``log``."""
+    def start(self, slot: int, command: Sequence[str], log: Path, limit: int) -> None:
+        """Start ``command``, all output into ``log``; after ``limit`` seconds it is killed by SIGALRM."""
 
     def wait(self) -> tuple[int, int]:
         """The next slot whose command has ended, and its exit code (negative: of which signal)."""
@@ -76,18 +76,19 @@ class Workers:
             self._selector.register(_pipe(process.stdout), selectors.EVENT_READ, slot)
         return self
 
-    def start(self, slot: int, command: Sequence[str], log: Path) -> None:
+    def start(self, slot: int, command: Sequence[str], log: Path, limit: int) -> None:
         """See Executor."""
         pipe = _pipe(self._processes[slot].stdin)
-        pipe.write(json.dumps([list(command), str(log)]) + "\n")
-        pipe.flush()
+        with suppress(BrokenPipeError):  # it has ended: wait() says so
+            pipe.write(json.dumps([list(command), str(log), limit]) + "\n")
+            pipe.flush()
 
     def wait(self) -> tuple[int, int]:
-        """See Executor. Raises RuntimeError where a worker itself is gone."""
+        """See Executor. Raises StageFailed where a worker itself is gone."""
         key, _ = self._selector.select()[0]
         answer = _pipe(self._processes[key.data].stdout).readline()
         if not answer:
-            raise RuntimeError(f"worker {key.data} has ended; its messages are above")
+            raise StageFailed(f"worker {key.data} has ended; its messages are above", 1)
         return key.data, int(answer)
 
     def __exit__(
@@ -98,7 +99,8 @@ class Workers:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            _pipe(process.stdin).close()
+            with suppress(BrokenPipeError):  # what could not be written to one that had ended
+                _pipe(process.stdin).close()
             _pipe(process.stdout).close()
         self._selector.close()
 
@@ -121,7 +123,7 @@ def run_all(
         else:
             waiting.append(stage)
     if len(waiting) < len(stages):
-        print(f"already there: {len(stages) - len(waiting)} of {len(stages)} (--fresh repeats them)")
+        print(f"already there: {len(stages) - len(waiting)} of {len(stages)}")
     failures: dict[Path, str] = {}
     running: dict[int, tuple[Stage, float]] = {}
     free = list(range(executor.num_slots))
@@ -132,7 +134,7 @@ def run_all(
             log_path(stage).parent.mkdir(parents=True, exist_ok=True)
             slot = free.pop(0)
             running[slot] = stage, time.monotonic()
-            executor.start(slot, stage.command, log_path(stage))
+            executor.start(slot, stage.command, log_path(stage), stage.limit)
         slot, code = executor.wait()
         free.append(slot)
         stage, started = running.pop(slot)
@@ -163,6 +165,8 @@ def _problem(stage: Stage, code: int) -> str | None:
     if code == 0:
         missing = stage.missing()
         return f"ended without writing {', '.join(missing)}" if missing else None
+    if code == -signal.SIGALRM:
+        return f"had not ended after {duration(stage.limit)}, its limit (see {short(log_path(stage))})"
     if code < 0:
         return f"killed by {signal.Signals(-code).name} (see {short(log_path(stage))})"
     log = log_path(stage)
@@ -181,22 +185,23 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
 
 
 def serve(cores: Sequence[int]) -> None:
-    """Fork for each ``[command, log]`` (JSON, a line of stdin); its exit code is a line of stdout."""
+    """Fork for each ``[command, log, limit]`` (JSON, a line of stdin); its exit code is a line of stdout."""
     os.sched_setaffinity(0, cores)
     for module in PRELOADED:
         importlib.import_module(module)
     gc.freeze()  # a fork that collected what was imported would copy all of it
     for line in sys.stdin:
-        command, log = json.loads(line)
+        command, log, limit = json.loads(line)
         child = os.fork()
         if child == 0:
-            _become(command, log)
+            _become(command, log, limit)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-def _become(command: Sequence[str], log: str) -> NoReturn:
+def _become(command: Sequence[str], log: str, limit: int) -> NoReturn:
     """Run ``python -m MODULE ...`` or ``python SCRIPT ...`` in this process, and end it."""
+    signal.alarm(limit)
     output, nothing = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (output, 1), (output, 2)):
         os.dup2(source, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -13,12 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from apo_megatron.config.base_files import read_with_bases
+from apo_megatron.errors import DataError
+from apo_megatron.files import write_atomically
 from apo_megatron.telemetry.progress import duration
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 BASE = "base"
-STAMP = "stage.json"  # in the folder of a finished stage: its command and how long it took
+STAMP = "stage.json"  # in the folder of a finished stage: its command, its digest and how long it took
 BASE_OVERRIDE = "evaluation.at_start="
 
 # Seconds of a stage on two cores, until this run has measured its own. The last three: on one core.
@@ -31,6 +35,7 @@ EXPECTED_SECONDS = {
     "evaluation": 20.0,
     "run": 50.0,
 }
+LIMIT = 20  # times the expected seconds: what takes longer hangs
 
 
 @dataclass(frozen=True)
@@ -42,13 +47,27 @@ class Stage:
     folder: Path
     command: tuple[str, ...]
     results: tuple[Path, ...]  # files that exist when it has finished
+    digest: str  # of the file that decides it beside the command, from digest_of()
+
+    @property
+    def limit(self) -> int:
+        """Seconds after which it hangs."""
+        return round(LIMIT * EXPECTED_SECONDS[self.kind])
 
     def is_finished(self) -> bool:
         """Whether its results are there, made by this very command (whoever evaluates the base)."""
-        stamp = self.folder / STAMP
-        if not stamp.exists() or self.missing():
-            return False
-        return _identity(json.loads(stamp.read_text())["command"]) == _identity(self.command)
+        return not self.missing() and self.made_otherwise() == ""
+
+    def made_otherwise(self) -> str | None:
+        """How what has finished here was made otherwise than this would be, "" = not; None: nothing has."""
+        path = self.folder / STAMP
+        if not path.exists():
+            return None
+        stamp, now = json.loads(path.read_text()), shlex.join(self.command)
+        if _identity(stamp["command"]) != _identity(self.command):
+            return f"made by\n  {shlex.join(stamp['command'])}\nand now it would be\n  {now}"
+        is_same = stamp.get("digest") == self.digest
+        return "" if is_same else f"made before the script or YAML file changed of\n  {now}"
 
     def missing(self) -> list[str]:
         """Results that are not there."""
@@ -56,8 +75,26 @@ class Stage:
 
     def write_stamp(self, seconds: float) -> None:
         """It has finished, in so many seconds."""
-        stamp = {"command": list(self.command), "seconds": round(seconds, 1)}
-        (self.folder / STAMP).write_text(json.dumps(stamp, indent=1))
+        stamp = {"command": list(self.command), "digest": self.digest, "seconds": round(seconds, 1)}
+        write_atomically(self.folder / STAMP, json.dumps(stamp, indent=1))
+
+
+def refuse_others(stage: Stage, built_before: Sequence[str]) -> None:
+    """A stage on which all folders beside its own but ``built_before`` are built is not made anew.
+
+    Raises DataError where it was made otherwise than now, or is gone while one of those has finished.
+    """
+    beside, otherwise = stage.folder.parent, stage.made_otherwise()
+    advice = f"delete {short(beside)}, or choose another --out"
+    if otherwise:
+        raise DataError(f"{short(stage.folder)} was {otherwise}\n{advice}")
+    finished = [path.parent.relative_to(beside) for path in sorted(beside.rglob(STAMP))]
+    built = [str(folder) for folder in finished if folder.parts[0] not in (stage.folder.name, *built_before)]
+    if built and not stage.is_finished():
+        raise DataError(
+            f"{short(stage.folder)} is gone or not complete, and {len(built)} folders were built on it "
+            f"({', '.join(built[:3])}{', ...' if len(built) > 3 else ''}): {advice}"
+        )
 
 
 class StageFailed(Exception):
@@ -121,11 +158,15 @@ def data_stage(folder: Path, seed: int, options: Sequence[str] = ()) -> Stage:
         folder,
         relative((*command, *options)),
         (folder / "heldout.jsonl", folder / "init" / "config.json"),
+        digest_of(HERE / "prepare.py"),
     )
 
 
 def sft_stage(folder: Path, seed: int, nproc: int, quick: Sequence[str] = (), kind: str = "sft") -> Stage:
-    """The cold start of the untrained model in the folder "data" beside ``folder``; ``quick``: overrides."""
+    """The cold start of the untrained model in the folder "data" beside ``folder``; ``quick``: overrides.
+
+    Raises ConfigError for a YAML file that cannot be read.
+    """
     overrides = (
         f"model.hf_path={folder.parent / 'data' / 'init'}",
         f"data.train_path={folder.parent / 'data' / 'sft.jsonl'}",
@@ -133,8 +174,10 @@ def sft_stage(folder: Path, seed: int, nproc: int, quick: Sequence[str] = (), ki
         f"train.seed={seed}",
         *quick,
     )
-    command = program(nproc, "apo_megatron.sft", HERE / "sft.yaml", overrides)
-    return Stage(f"cold start (seed {seed})", kind, folder, command, (folder / "hf" / "config.json",))
+    config = HERE / "sft.yaml"
+    command = program(nproc, "apo_megatron.sft", config, overrides)
+    results = (folder / "hf" / "config.json",)
+    return Stage(f"cold start (seed {seed})", kind, folder, command, results, digest_of(config))
 
 
 def program(nproc: int, module: str, config: Path, overrides: Sequence[str]) -> tuple[str, ...]:
@@ -146,6 +189,18 @@ def program(nproc: int, module: str, config: Path, overrides: Sequence[str]) -> 
     launcher = (str(script),) if script.exists() else (sys.executable, "-m", "torch.distributed.run")
     command = (*launcher, "--standalone", "--nproc-per-node", str(nproc), "-m", module)
     return relative((*command, "--config", str(config), *overrides))
+
+
+def digest_of(path: Path) -> str:
+    """Of a script's text, or of what a YAML file and its bases say (comments count for nothing).
+
+    Raises ConfigError for a YAML file that cannot be read.
+    """
+    if path.suffix == ".yaml":
+        content = json.dumps(read_with_bases(path).values, sort_keys=True, default=str).encode()
+    else:
+        content = path.read_bytes()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def relative(command: Sequence[str]) -> tuple[str, ...]:
@@ -168,4 +223,5 @@ def shell(command: Sequence[str]) -> str:
 
 
 def _identity(command: Sequence[str]) -> list[str]:
-    return [part for part in command if not part.startswith(BASE_OVERRIDE)]
+    """Without the first word, which says where this machine has its interpreter."""
+    return [part for part in command[1:] if not part.startswith(BASE_OVERRIDE)]
