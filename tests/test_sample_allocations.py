@@ -72,10 +72,10 @@ def test_ties_and_bounds(rates: list[float], budget: int, expected: list[int]) -
 
 def test_prompts_that_were_never_drawn_get_the_average() -> None:
     cfg = RolloutConfig.model_validate(
-        {"group_size": 4, "allocation": "knapsack", "knapsack": {"min_samples": 1, "max_samples": 20}}
+        {"group_size": 4, "allocation": "knapsack", "knapsack": {"min_samples": 2, "max_samples": 20}}
     )
     assert knapsack([None, None], cfg) == [4, 4]
-    assert knapsack([None, 0.5, 0.0, None], cfg) == [4, 7, 1, 4]
+    assert knapsack([None, 0.5, 0.0, None], cfg) == [4, 6, 2, 4]
     assert SAMPLE_ALLOCATIONS["uniform"].function([0.5, None], cfg) == [4, 4]
 
 
