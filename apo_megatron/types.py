@@ -9,7 +9,7 @@ B sequences, S padded length, K support size, R response tokens of one sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,6 +71,12 @@ class SampleGroup:
 
     prompt: Prompt
     samples: list[Sample]
+
+
+def solve_rate(rewards: Sequence[float | None]) -> float | None:
+    """The share of right answers (reward 1 or more, unshaped) among those judged; None where none is."""
+    judged = [reward for reward in rewards if reward is not None and reward == reward]
+    return sum(reward >= 1 for reward in judged) / len(judged) if judged else None
 
 
 @dataclass(frozen=True)

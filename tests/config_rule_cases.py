@@ -114,6 +114,12 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
+        "covariances_are_in_order",
+        ["objective.clip_cov.covariance_low=5.0"],
+        ["objective.clip_cov:", "covariance_low=5.0", "covariance_high=5.0"],
+    ),
+    (
+        RLConfig,
         "bounds_move_upwards",
         ["objective.bapo.low_start=0.96"],
         ["objective.bapo:", "low_start=0.96", "low_max=0.95"],
@@ -374,6 +380,23 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
+        "pass_at_k_fits_into_the_group",
+        ["objective.advantage_estimator=passk", "objective.passk.k=2", "rollout.allocation=knapsack"],
+        ["objective.passk.k=2", "rollout.knapsack.min_samples=2", "raise knapsack.min_samples"],
+    ),
+    (
+        RLConfig,
+        "pass_at_k_fits_into_the_group",
+        [
+            "objective.advantage_estimator=pkpo",
+            "objective.loss_mode=vanilla",
+            "objective.pkpo.k=3",
+            "rollout.allocation=knapsack",
+        ],
+        ["objective.pkpo.k=3", "rollout.knapsack.min_samples=2", "lower k"],
+    ),
+    (
+        RLConfig,
         "overlong_punishment_reaches_the_advantages",
         ["objective.advantage_estimator=nsr", "reward.overlong_buffer=8"],
         ["reward.overlong_buffer=8", "objective.advantage_estimator=nsr", "right and wrong only"],
@@ -405,6 +428,12 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
         "mini_batches_are_not_empty",
         ["train.num_mini_batches=9", "data.prompts_per_step=4", "rollout.group_size=2"],
         ["train.num_mini_batches=9", "data.prompts_per_step=4", "rollout.group_size=2", "8 samples"],
+    ),
+    (
+        RLConfig,
+        "mini_batches_are_not_empty",
+        ["objective.loss_mode=dmpo", "train.num_mini_batches=5", "data.prompts_per_step=4"],
+        ["train.num_mini_batches=5", "data.prompts_per_step=4", "objective.loss_mode=dmpo"],
     ),
     (
         RLConfig,

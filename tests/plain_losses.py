@@ -86,12 +86,14 @@ def plain_loss(
 
 
 def ppo(r: float, a: float, low: float, high: float, dual: float | None) -> tuple[float, float]:
-    """PPO as a maximum of two, then the dual clip as a minimum."""
-    free, held = -a * r, -a * min(max(r, low), high)
-    loss, slope = (free, free) if free >= held else (held, 0.0)
-    if a < 0 and dual is not None and loss > -a * dual:
-        return -a * dual, 0.0
-    return loss, slope
+    loss = ppo_loss(r, a, low, high, dual)
+    return loss, -a * r if loss == -a * r else 0.0
+
+
+def ppo_loss(r: Any, a: float, low: float, high: float, dual: float | None) -> Any:
+    """PPO as a maximum of two, then the dual clip as a minimum; ``r`` a number, or a tensor for autograd."""
+    loss = max(-a * r, -a * min(max(r, low), high))
+    return -a * dual if a < 0 and dual is not None and loss > -a * dual else loss
 
 
 def _reinforce(log_p: float, log_q: float, a: float, low: float, high: float) -> tuple[float, float]:

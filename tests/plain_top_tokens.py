@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.plain_losses import ppo_loss
+
 Settings = dict[str, Any]
 
 
@@ -65,10 +67,5 @@ TOP_TOKEN_LOSSES: dict[str, Callable[[Answer, Settings], Tensor]] = {
 
 
 def _clipped(ratio: Tensor, a: float, settings: Settings) -> Tensor:
-    """PPO as a maximum of two, then the dual clip as a minimum."""
-    held = min(max(ratio.item(), 1 - settings["clip_low"]), 1 + settings["clip_high"])
-    loss = -a * ratio if -a * ratio.item() >= -a * held else ratio * 0 - a * held
-    dual = settings.get("dual_clip")
-    if a < 0 and dual is not None and loss.item() > -a * dual:
-        return ratio * 0 - a * dual
-    return loss
+    low, high = 1 - settings["clip_low"], 1 + settings["clip_high"]
+    return ratio * 0 + ppo_loss(ratio, a, low, high, settings.get("dual_clip"))

@@ -52,6 +52,7 @@ TABLE: dict[int, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         (_OVERLAP, {"micro_batch_size": 5, "bucket_size": 3000}),  # DP2
         ({"tensor_parallel_size": 2}, {"micro_batch_size": 2}),
         ({"pipeline_parallel_size": 2}, _PACKED),
+        ({"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2}, {"micro_batch_size": 2}),
         (_CP2, {"micro_batch_size": 2}),
         (_CP2, _PACKED),
     ],
@@ -80,7 +81,7 @@ def objective_of(name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def payload(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = make_tiny_model(tmp_path_factory.mktemp("model"), "qwen2")
+    path = make_tiny_model(tmp_path_factory.mktemp("model"), "qwen2", num_layers=4)
     return {
         "model_path": str(path),
         "sequences": with_old_policy(path),

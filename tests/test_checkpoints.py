@@ -10,8 +10,14 @@ import pytest
 import torch
 
 from apo_megatron.actor.adam_state import load_optimizer_state
-from apo_megatron.actor.checkpoint_state import fixed_settings
+from apo_megatron.actor.checkpoint_state import (
+    CheckpointState,
+    as_json,
+    check_resumable,
+    fixed_settings,
+)
 from apo_megatron.config import RLConfig
+from apo_megatron.errors import CheckpointError
 from tests.distributed import run_distributed
 from tests.tiny_models import Family, make_tiny_model
 
@@ -168,3 +174,40 @@ def test_what_the_length_of_the_schedule_follows_from_is_fixed_where_the_learnin
     length, place = {"train.num_steps", "train.num_mini_batches"}, {"model.hf_path", "model.megatron_path"}
     assert fixed("cosine", None) >= length | place
     assert not fixed("constant", "digest") & (length | place | {"optimizer.lr", "optimizer.min_lr"})
+
+
+def refusal(saved: dict[str, Any], **objective: Any) -> str:
+    """What a run with this objective says to a checkpoint with those settings; "" where it goes on."""
+    values = {
+        "model": {"hf_path": "model"},
+        "data": {"train_path": "unused"},
+        "train": {"run_dir": "unused", "num_steps": 10},
+        "objective": objective,
+    }
+    settings = fixed_settings(RLConfig.model_validate(values), None)
+    state = CheckpointState(1, 1, 0, {}, {}, None, {}, as_json(settings | saved), {}, {})
+    for name in [name for name, value in saved.items() if value == "left out"]:
+        state.settings.pop(name)
+    try:
+        check_resumable(state, Path("step"), settings, set(), None, max_step=10)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_a_setting_younger_than_the_checkpoint_had_its_default() -> None:
+    young = {"objective.off_policy_mask": "left out", "objective.bapo": "left out"}
+    assert refusal(young) == ""
+    assert "off_policy_mask: None there, 0.5 here" in refusal(young, off_policy_mask=0.5)
+    assert "bapo.target: 0.5 there, 0.25 here" in refusal(young, bapo={"target": 0.25})
+    part = {"objective.bapo": {"low_start": 0.7}}  # all but one setting of the section are younger
+    assert refusal(part, bapo={"low_start": 0.7}) == ""
+    assert "(objective.bapo.low_start: 0.7 there, 0.8 here)" in refusal(part)
+
+
+def test_a_setting_without_a_default_or_that_is_no_more_is_refused() -> None:
+    assert "model.hf_path: no such setting there, 'model' here" in refusal({"model.hf_path": "left out"})
+    for value in (0.5, None):
+        found = refusal({"objective.former": value})
+        assert f"objective.former: {value!r} there, no such setting here" in found
+    assert "bapo.former: 1 there, no such setting here" in refusal({"objective.bapo": {"former": 1}})

@@ -54,6 +54,33 @@ def test_in_every_step_more_are_kept_and_in_the_last_all() -> None:
     )
 
 
+def kept_of_equal_prompts(step: int, seed: int = 0) -> list[tuple[int, int, bool]]:
+    """(prompt, sample, whether it is right) of what is kept of 32 prompts with the same solve rate."""
+    cfg = config_of(num_steps=10**12)  # the share hardly grows
+    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"seed": seed})})
+    groups = [group_of([1.0, 0.0, 1.0, 0.0]) for _ in range(32)]
+    assign_advantages(groups, cfg)
+    filter_samples(groups, cfg, step)
+    return [
+        (number, place, sample.reward == 1.0)
+        for number, group in enumerate(groups)
+        for place, sample in enumerate(group.samples)
+        if not sample.is_filtered_out
+    ]
+
+
+def test_of_equal_samples_the_place_does_not_decide() -> None:
+    kept = kept_of_equal_prompts(step=0)
+    assert len(kept) == 64
+    for is_half in (lambda number: number < 16, lambda number: number >= 16):
+        right = sum(is_right for number, _, is_right in kept if is_half(number))
+        wrong = sum(not is_right for number, _, is_right in kept if is_half(number))
+        assert 8 <= right <= 24 and 8 <= wrong <= 24  # 16 expected; by place 0 and 32
+    assert kept == kept_of_equal_prompts(step=0)  # on every rank, and after a resume
+    for other in (kept_of_equal_prompts(step=1), kept_of_equal_prompts(step=0, seed=1)):
+        assert len(other) == 64 and other != kept
+
+
 def test_what_is_left_out_is_in_no_denominator() -> None:
     cfg = config_of()
     groups = scored(cfg)

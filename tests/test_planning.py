@@ -21,6 +21,7 @@ from apo_megatron.parallel.dims import ParallelDims
 from apo_megatron.parallel.lm_head import CPU_TILE, GPU_TILE
 from apo_megatron.planning.activations import Numerics, layers_in_flight
 from apo_megatron.planning.advice import warnings_of
+from apo_megatron.planning.flops import StepFlops
 from apo_megatron.planning.parameters import layers_of_stage, num_parameters, stage_parameters
 from apo_megatron.planning.plan import Plan, Setting, make_plan
 from apo_megatron.planning.proposals import overrides, propose
@@ -218,6 +219,39 @@ def test_flops_are_six_per_parameter_and_token(tmp_path: Path) -> None:
     assert planned(config(path, model=unfused)).flops.recompute == pytest.approx(
         (linear + attention) / 3, rel=1e-3
     )
+
+
+@pytest.mark.parametrize(
+    ("old_log_probs", "num_mini_batches", "passes"),
+    [("recompute", 1, 0.0), ("recompute", 4, 0.75), ("rollout", 1, 1.0), ("rollout", 4, 1.0)],
+)
+def test_statistics_of_mini_batches_are_forward_passes(
+    old_log_probs: str, num_mini_batches: int, passes: float, tmp_path: Path
+) -> None:
+    """None before the first update where it has the pass for old log-probs."""
+    path = published_model(tmp_path, "Qwen2.5-7B")
+
+    def flops(**objective: Any) -> StepFlops:
+        train = {"num_mini_batches": num_mini_batches}
+        return planned(
+            config(path, train=train, objective=objective | {"old_log_probs": old_log_probs})
+        ).flops
+
+    with_statistics, without = flops(loss_mode="bapo"), flops(loss_mode="vanilla")
+    assert without.statistics == 0
+    assert with_statistics.statistics == pytest.approx(passes * without.training / 3)
+    assert with_statistics.trainer - with_statistics.statistics == pytest.approx(without.trainer)
+
+
+def test_the_own_top_k_takes_a_fused_head_once_more(tmp_path: Path) -> None:
+    path = published_model(tmp_path, "Qwen2.5-7B")
+
+    def again(loss_mode: str, max_logits_mib: int) -> float:
+        model = {"hf_path": str(path), "max_logits_mib": max_logits_mib}
+        return planned(config(path, model=model, objective={"loss_mode": loss_mode})).flops.recompute
+
+    assert again("simko", 512) == 2 * again("vanilla", 512) > 0  # as above: fused below 870 MiB
+    assert again("simko", 1000) == again("vanilla", 1000) == 0
 
 
 def test_the_vocabulary_end_is_bounded_by_the_fused_head() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from apo_megatron.config import ObjectiveConfig
+from apo_megatron.config.policy_losses import WHOLE_GROUPS
 from apo_megatron.objectives import (
     MISMATCH_CORRECTIONS,
     POLICY_LOSSES,
@@ -258,6 +259,7 @@ def test_what_a_configuration_may_name_is_what_is_registered() -> None:
     assert {*(name for family in families for name in family), "apo_ratio", "gbpo"} == set(modes)
     corrections = get_args(ObjectiveConfig.model_fields["mismatch_correction"].annotation)
     assert set(corrections) == set(MISMATCH_CORRECTIONS)
+    assert set(WHOLE_GROUPS) == {name for name, spec in POLICY_LOSSES.items() if spec.whole_groups}
 
 
 def test_the_page_of_methods_has_a_row_for_each() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 from itertools import product
@@ -19,6 +20,8 @@ from apo_megatron.objectives.sample_allocations import (
     group_value,
     knapsack,
 )
+from apo_megatron.rollout.allocation import SampleAllocator
+from apo_megatron.types import Prompt
 
 METHODS = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 
@@ -72,11 +75,20 @@ def test_ties_and_bounds(rates: list[float], budget: int, expected: list[int]) -
 
 def test_prompts_that_were_never_drawn_get_the_average() -> None:
     cfg = RolloutConfig.model_validate(
-        {"group_size": 4, "allocation": "knapsack", "knapsack": {"min_samples": 1, "max_samples": 20}}
+        {"group_size": 4, "allocation": "knapsack", "knapsack": {"min_samples": 2, "max_samples": 20}}
     )
     assert knapsack([None, None], cfg) == [4, 4]
-    assert knapsack([None, 0.5, 0.0, None], cfg) == [4, 7, 1, 4]
+    assert knapsack([None, 0.5, 0.0, None], cfg) == [4, 6, 2, 4]
     assert SAMPLE_ALLOCATIONS["uniform"].function([0.5, None], cfg) == [4, 4]
+
+
+@pytest.mark.parametrize(("allocation", "kept"), [("uniform", {}), ("knapsack", {"a": 0.25, "b": 0.5})])
+def test_solve_rates_are_kept_where_the_rule_needs_them(allocation: str, kept: dict[str, float]) -> None:
+    allocator = SampleAllocator(RolloutConfig.model_validate({"allocation": allocation}))
+    allocator.go_on_from({"a": 0.25})
+    for name, rewards in (("b", [1.0, 0.0, None, math.nan]), ("c", [None])):
+        allocator.note(Prompt(name, "", np.zeros(0, np.int32)), rewards)
+    assert allocator.solve_rates == kept
 
 
 def test_what_a_configuration_may_name_is_what_is_registered_and_described() -> None:

@@ -60,7 +60,7 @@ def test_every_strategy_draws_what_was_allocated(strategy: str) -> None:
     assert GROUP_SIZE < max(counts) <= 7
     # What is always solved gets fewest, and is not trained on with dynamic sampling.
     assert cfg.rollout.drop_zero_spread or min(counts) == 2
-    rates = state["sampler"]["success_rates"]
+    rates = state["sampler"]["solve_rates"]
     assert len(rates) == 9 and rates["p0"] == 1.0 and 0.3 < rates["p1"] < 0.7
     assert drawn(strategy, range(12))[0] == sizes
 
@@ -75,7 +75,7 @@ def test_a_step_spends_its_budget_where_it_teaches() -> None:
     assert counts[2] == knapsack([None, 1.0, 0.5, 0.5], cfg.rollout)
     # 5 answers of p1, of which every second is right, and what follows from it in a run that goes on.
     half = drawn("plain", range(3))
-    assert half[1]["sampler"]["success_rates"]["p1"] == 0.4
+    assert half[1]["sampler"]["solve_rates"]["p1"] == 0.4
     rest, end, _ = drawn("plain", range(3, 6), half[1])
     assert half[0] + rest == sizes and end == state
 

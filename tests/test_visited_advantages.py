@@ -74,6 +74,13 @@ def test_a_prompt_that_comes_twice_was_drawn_twice() -> None:
     assert together[1, 0].item() == pytest.approx((1 / 3) / math.sqrt((1 / 3 + 2 / 9) / 2) / 2, rel=1e-12)
 
 
+def test_a_step_leaves_the_other_prompts_and_the_state_before_as_they_are() -> None:
+    before = {"a": [3, 0.5, 0.25], "b": [1, 1.0, 0.0]}
+    after = note_visits(torch.tensor([[1.0, 0.0]], dtype=torch.float64), ["b"], before)
+    assert after["a"] == [3, 0.5, 0.25] and after["b"][:2] == [2, 0.75]
+    assert before == {"a": [3, 0.5, 0.25], "b": [1, 1.0, 0.0]}
+
+
 def test_the_registry_declares_what_it_keeps() -> None:
     spec = ADVANTAGE_ESTIMATORS["dcpo"]
     assert spec.next_state is not None and spec.looks_beyond_group and "prompt_ids" in spec.needs

@@ -16,6 +16,16 @@ from apo_megatron.errors import CheckpointError
 FORMAT_VERSION = 1
 
 
+class _Nothing:
+    """Stands for the value of a setting that does not exist."""
+
+    def __repr__(self) -> str:
+        return "no such setting"
+
+
+_NOTHING = _Nothing()
+
+
 @dataclass(frozen=True)
 class CheckpointState:
     """``state.json``: plain JSON values only."""
@@ -75,6 +85,32 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted name: value}, of nested mappings."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        is_section = isinstance(value, Mapping)
+        found |= flat(value, f"{prefix}{name}.") if is_section else {f"{prefix}{name}": value}
+    return found
+
+
+def default_settings() -> dict[str, Any]:
+    """{dotted name: default} of every setting that has one, as it was before there was such a setting."""
+    return flat(_defaults(RLConfig))
+
+
+def _defaults(section: type[BaseModel]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        if field.is_required():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                found[name] = _defaults(field.annotation)
+            continue
+        default = field.get_default(call_default_factory=True)
+        found[name] = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
+    return as_json(found)
+
+
 def fixed_settings(cfg: RLConfig | SFTConfig, reference: str | None) -> dict[str, Any]:
     """{dotted name: value} of what cannot change when a run is resumed: model, objective, optimizer.
 
@@ -110,12 +146,17 @@ def check_resumable(
     reference: str | None,
     max_step: int,
 ) -> None:
-    """Raises CheckpointError where a run with these settings cannot go on from ``state``."""
-    saved, current = state.settings, as_json(dict(settings))
+    """Raises CheckpointError where a run with these settings cannot go on from ``state``.
+
+    A setting that is younger than the checkpoint had its default value there.
+    """
+    current = flat(as_json(dict(settings)))
+    younger = {name: value for name, value in default_settings().items() if name in current}
+    saved = younger | flat(state.settings)
     differing = [
-        f"{name}: {saved.get(name)!r} there, {current.get(name)!r} here"
+        f"{name}: {saved.get(name, _NOTHING)!r} there, {current.get(name, _NOTHING)!r} here"
         for name in sorted(saved.keys() | current.keys())
-        if saved.get(name) != current.get(name)
+        if saved.get(name, _NOTHING) != current.get(name, _NOTHING)
     ]
     if differing:
         raise CheckpointError(

@@ -32,6 +32,8 @@ PolicyLossName = Literal[
     "dmpo",
     "gbpo",
 ]
+# They compare the samples of a prompt, which must be in one mini-batch.
+WHOLE_GROUPS = ("dmpo",)
 
 
 class CISPOConfig(Section):
@@ -209,6 +211,16 @@ class ClipCovConfig(Section):
     )
     clip_high: PositiveFloat = Field(1.0, description="Ratio clipped over 1 + clip_high.")
 
+    @rule
+    def covariances_are_in_order(self) -> str | None:
+        """`covariance_low` of `clip_cov` must be below `covariance_high`: tokens between them are drawn."""
+        if self.covariance_low >= self.covariance_high:
+            return (
+                f"covariance_low={self.covariance_low} is not below covariance_high={self.covariance_high}, "
+                "and no token lies between them: lower it, or raise covariance_high"
+            )
+        return None
+
 
 class KLCovConfig(Section):
     """`loss_mode: kl_cov`. How many tokens of the highest covariance are held back, and how much."""
@@ -227,10 +239,15 @@ class BAPOConfig(Section):
     )
     low_start: Annotated[float, Field(gt=0, lt=1)] = Field(0.8, description="First lower bound.")
     low_max: Annotated[float, Field(gt=0, le=1)] = Field(0.95, description="Last lower bound.")
-    low_step: PositiveFloat = Field(0.05, description="The lower bound is raised by so much, first.")
+    # A step far smaller would be searched for hours.
+    low_step: Annotated[float, Field(ge=1e-3)] = Field(
+        0.05, description="The lower bound is raised by so much, first."
+    )
     high_start: Annotated[float, Field(gt=1)] = Field(1.2, description="First upper bound.")
     high_max: Annotated[float, Field(gt=1)] = Field(2.0, description="Last upper bound.")
-    high_step: PositiveFloat = Field(0.1, description="The upper bound is raised by so much, then.")
+    high_step: Annotated[float, Field(ge=1e-3)] = Field(
+        0.1, description="The upper bound is raised by so much, then."
+    )
 
     @rule
     def bounds_move_upwards(self) -> str | None:

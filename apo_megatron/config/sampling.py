@@ -23,5 +23,7 @@ class D3SConfig(Section):
 class KnapsackConfig(Section):
     """`rollout.allocation: knapsack`. Prompts get rollout.group_size samples on average."""
 
-    min_samples: PositiveInt = Field(2, description="Fewest samples of a prompt.")
+    min_samples: Annotated[int, Field(ge=2)] = Field(
+        2, description="Fewest samples of a prompt: advantages compare them."
+    )
     max_samples: PositiveInt = Field(128, description="Most samples of a prompt.")

@@ -21,6 +21,7 @@ from apo_megatron.config.advantages import (
 from apo_megatron.config.data import DataConfig, SupervisedDataConfig
 from apo_megatron.config.evaluation import EvaluationConfig
 from apo_megatron.config.objective import ObjectiveConfig
+from apo_megatron.config.policy_losses import WHOLE_GROUPS
 from apo_megatron.config.rollout import RolloutConfig
 from apo_megatron.config.section import (
     FrozenList,
@@ -362,18 +363,23 @@ class RLConfig(Section):
 
     @rule
     def pass_at_k_fits_into_the_group(self) -> str | None:
-        """`objective.passk.k` must be smaller than `rollout.group_size` with `advantage_estimator` = passk,
-        and `objective.pkpo.k` at most that with pkpo."""
-        objective, size = self.objective, self.rollout.group_size
+        """`objective.passk.k` must be smaller than the smallest group with `advantage_estimator` = passk, and
+        `objective.pkpo.k` at most that with pkpo: `rollout.group_size`, with `allocation` = knapsack
+        `rollout.knapsack.min_samples`."""
+        objective, rollout = self.objective, self.rollout
+        field, size = "group_size", rollout.group_size
+        if rollout.allocation == "knapsack":
+            field, size = "knapsack.min_samples", rollout.knapsack.min_samples
         if objective.advantage_estimator == "passk" and objective.passk.k >= size:
             return (
-                f"objective.passk.k={objective.passk.k} is not smaller than rollout.group_size={size}: one "
-                "right answer would make a group perfect, and nothing would be learned; lower k"
+                f"objective.passk.k={objective.passk.k} is not smaller than rollout.{field}={size}: one "
+                f"right answer would make such a group perfect, and nothing would be learned; lower k or "
+                f"raise {field}"
             )
         if objective.advantage_estimator == "pkpo" and objective.pkpo.k > size:
             return (
-                f"objective.pkpo.k={objective.pkpo.k} is more than rollout.group_size={size}: a group has no "
-                "k samples; lower k"
+                f"objective.pkpo.k={objective.pkpo.k} is more than rollout.{field}={size}: such a group has "
+                f"no k samples; lower k or raise {field}"
             )
         return None
 
@@ -486,7 +492,15 @@ class RLConfig(Section):
 
     @rule
     def mini_batches_are_not_empty(self) -> str | None:
-        """`train.num_mini_batches` must not exceed `data.prompts_per_step` x `rollout.group_size`."""
+        """`train.num_mini_batches` must not exceed `data.prompts_per_step` x `rollout.group_size`; with
+        `objective.loss_mode` = dmpo, which compares all samples of a prompt, not `data.prompts_per_step`."""
+        num_prompts, name = self.data.prompts_per_step, self.objective.loss_mode
+        if name in WHOLE_GROUPS and self.train.num_mini_batches > num_prompts:
+            return (
+                f"train.num_mini_batches={self.train.num_mini_batches} is more than data.prompts_per_step="
+                f"{num_prompts}, and objective.loss_mode={name} keeps the samples of a prompt in one "
+                "mini-batch: lower it"
+            )
         num_samples = self.data.prompts_per_step * self.rollout.group_size
         if self.train.num_mini_batches > num_samples:
             return (

@@ -18,7 +18,7 @@ from apo_megatron.data.packing import deal
 from apo_megatron.objectives.aggregation import sequence_weights
 from apo_megatron.objectives.objective import ReferenceScope, build_objective
 from apo_megatron.parallel.state import ParallelContext
-from apo_megatron.types import PaddedSequences, Sample, SampleGroup
+from apo_megatron.types import PaddedSequences, Sample, SampleGroup, solve_rate
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def trained_samples(groups: Sequence[SampleGroup]) -> list[tuple[SampleGroup, Sa
 
 def trained_sequences(groups: Sequence[SampleGroup]) -> list[TrainingSequence]:
     """The sequences of ``trained_samples``, in that order."""
-    solve_rates = {id(group): _solve_rate(group) for group in groups}
+    solve_rates = {id(g): solve_rate([sample.reward for sample in g.samples]) or 0.0 for g in groups}
     numbers = {id(group): number for number, group in enumerate(groups)}
     return [
         TrainingSequence(
@@ -97,12 +97,6 @@ def trained_sequences(groups: Sequence[SampleGroup]) -> list[TrainingSequence]:
         )
         for group, sample in trained_samples(groups)
     ]
-
-
-def _solve_rate(group: SampleGroup) -> float:
-    """The share of the judged answers that are right (reward 1 or more, unshaped); 0 where none is judged."""
-    rewards = [s.reward for s in group.samples if s.reward is not None and not math.isnan(s.reward)]
-    return sum(reward >= 1 for reward in rewards) / max(1, len(rewards))
 
 
 def make_batch(

@@ -26,7 +26,7 @@ _ROUNDING = 1e-9  # 0.7 * 10 is a little more than 7, and equal variances may di
 class FilterInputs:
     """What a filter may look at."""
 
-    advantages: Tensor  # [N] float64, in the order of prompts and samples
+    advantages: Tensor  # [N] float64, in a random order: of equal ones a filter may take the first
     progress: float  # 0 in the first step of the run, 1 in the last
 
 

@@ -40,21 +40,25 @@ def dcpo_advantages(
 def note_visits(
     rewards: Tensor, prompt_ids: Sequence[str] | None, state: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The statistics by prompt that the next step starts from."""
-    return {name: list(visits) for name, visits in _visits(rewards, prompt_ids, state)[1].items()}
+    """The statistics by prompt that the next step starts from; those of other prompts are taken over."""
+    of_step = _visits(rewards, prompt_ids, state)[1]
+    return {**(state or {}), **{name: list(visits) for name, visits in of_step.items()}}
 
 
 def _visits(
     rewards: Tensor, prompt_ids: Sequence[str] | None, state: Mapping[str, Any] | None
 ) -> tuple[list[tuple[Visits | None, Visits | None]], dict[str, Visits]]:
-    """Of each group its own statistics and those of its prompt with it; and of all prompts after the step.
+    """Of each group its own statistics and those of its prompt with it; and of these prompts after the step.
 
     None for a group with fewer than two judged samples, which is not counted. A prompt that comes twice in a
     step was drawn twice.
     """
-    known: dict[str, Visits] = {name: (v[0], v[1], v[2]) for name, v in (state or {}).items()}
     found: list[tuple[Visits | None, Visits | None]] = []
     names = prompt_ids if prompt_ids is not None else [str(row) for row in range(len(rewards))]
+    before = state or {}
+    known: dict[str, Visits] = {
+        name: (before[name][0], before[name][1], before[name][2]) for name in names if name in before
+    }
     for name, row in zip(names, rewards.double(), strict=True):
         judged = row[~row.isnan()]
         if len(judged) < 2:

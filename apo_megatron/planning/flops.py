@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from apo_megatron.config.objective import ObjectiveConfig
-from apo_megatron.objectives.objective import ReferenceScope
+from apo_megatron.objectives.objective import build_objective
 from apo_megatron.planning.activations import Recompute
 from apo_megatron.planning.workload import Workload
 from apo_megatron.weights.architecture import Architecture
@@ -30,22 +30,23 @@ class StepFlops:
     recompute: float
     old_log_probs: float
     reference: float
+    statistics: float  # the pass before an update of a loss that looks at the whole mini-batch
     rollout: float  # by whoever draws the samples
 
     @property
     def trainer(self) -> float:
-        return self.training + self.recompute + self.old_log_probs + self.reference
+        return self.training + self.recompute + self.old_log_probs + self.reference + self.statistics
 
 
 def step_flops(
     architecture: Architecture,
     workload: Workload,
-    objective: ObjectiveConfig,
-    reference_scope: ReferenceScope,
+    objective_config: ObjectiveConfig,
     recompute: Recompute,
     is_fused: bool,
 ) -> StepFlops:
-    """``is_fused``: backward makes the logits again."""
+    """``is_fused``: backward makes the logits again, and so does the policy's own Top-K."""
+    objective = build_objective(objective_config)
     layers = workload.num_sequences * workload.sequence_length * 2 * _weights_per_token(architecture)
     attention = workload.num_sequences * _attention_of_sequence(architecture, workload.sequence_length)
     head = (
@@ -57,12 +58,19 @@ def step_flops(
     )
     forward = layers + attention + head
     again = {"none": 0.0, "selective": attention, "full": layers + attention}[recompute]
-    share = {"none": 0.0, "wrong": WRONG_SHARE, "all": 1.0}[reference_scope]
+    if is_fused:
+        again += 2 * head if objective.policy_topk else head
+    share = {"none": 0.0, "wrong": WRONG_SHARE, "all": 1.0}[objective.reference_scope]
+    recomputes_old = objective_config.old_log_probs == "recompute"
+    num_passes = 0.0 if objective.spec.statistics is None else 1.0
+    if recomputes_old:  # the first update has just those log-probs
+        num_passes *= 1 - 1 / workload.num_mini_batches
     return StepFlops(
         training=3 * forward,
-        recompute=again + (head if is_fused else 0.0),
-        old_log_probs=forward if objective.old_log_probs == "recompute" else 0.0,
+        recompute=again,
+        old_log_probs=forward if recomputes_old else 0.0,
         reference=share * forward,
+        statistics=num_passes * forward,
         rollout=forward,
     )
 

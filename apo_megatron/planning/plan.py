@@ -99,5 +99,5 @@ def make_plan(cfg: RLConfig, setting: Setting) -> Plan:
         averages_reference=cfg.objective.apo_variants.reference_decay is not None,
         offloads_optimizer=cfg.optimizer.offload,
     )
-    flops = step_flops(architecture, workload, cfg.objective, scope, cfg.model.recompute, stages[-1].is_fused)
+    flops = step_flops(architecture, workload, cfg.objective, cfg.model.recompute, stages[-1].is_fused)
     return Plan(cfg, setting, dims, workload, tuple(stages), engine, flops)

@@ -38,10 +38,11 @@ def print_plan(console: Console, plan: Plan) -> None:
         f"{gib(plan.rollout.moved_out)} optimizer state at times"
     )
     flops = plan.flops
+    statistics = f", statistics of mini-batches {_peta(flops.statistics)}" if flops.statistics else ""
     print_line(
         f"PFLOP of a step at these lengths: training {_peta(flops.training)}, recomputation "
         f"{_peta(flops.recompute)}, old log-probs {_peta(flops.old_log_probs)}, reference "
-        f"{_peta(flops.reference)}; a rank {_peta(flops.trainer / dims.world)}; rollout apart "
+        f"{_peta(flops.reference)}{statistics}; a rank {_peta(flops.trainer / dims.world)}; rollout apart "
         f"{_peta(flops.rollout)}"
     )
     for warning in warnings_of(plan):
@@ -92,7 +93,7 @@ def plan_as_data(plan: Plan, proposals: Sequence[Plan]) -> dict[str, Any]:
         "host_optimizer_bytes": round(plan.rollout.moved_out),
         "flops": {
             name: getattr(plan.flops, name)
-            for name in ("training", "recompute", "old_log_probs", "reference", "rollout")
+            for name in ("training", "recompute", "old_log_probs", "reference", "statistics", "rollout")
         },
         "warnings": warnings_of(plan),
         "proposals": [

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from apo_megatron.config.rollout import RolloutConfig
 from apo_megatron.objectives.sample_allocations import SAMPLE_ALLOCATIONS
-from apo_megatron.types import Prompt
+from apo_megatron.types import Prompt, solve_rate
 
 
 class SampleAllocator:
@@ -14,14 +14,18 @@ class SampleAllocator:
 
     def __init__(self, cfg: RolloutConfig) -> None:
         self._cfg, self._spec = cfg, SAMPLE_ALLOCATIONS[cfg.allocation]
-        self.success_rates: dict[str, float] = {}  # by prompt id; empty where the rule needs none
+        self.solve_rates: dict[str, float] = {}  # by prompt id; empty where the rule needs none
 
     def allocate(self, prompts: Sequence[Prompt]) -> list[int]:
         """Samples of each of the prompts that a round begins."""
-        return self._spec.function([self.success_rates.get(p.prompt_id) for p in prompts], self._cfg)
+        return self._spec.function([self.solve_rates.get(p.prompt_id) for p in prompts], self._cfg)
 
     def note(self, prompt: Prompt, rewards: Sequence[float | None]) -> None:
-        """What came of a prompt. Right is a reward of 1 or more; what could not be judged does not count."""
-        judged = [reward for reward in rewards if reward is not None and reward == reward]
-        if self._spec.needs_success_rates and judged:
-            self.success_rates[prompt.prompt_id] = sum(reward >= 1 for reward in judged) / len(judged)
+        """What came of a prompt."""
+        rate = solve_rate(rewards) if self._spec.needs_solve_rates else None
+        if rate is not None:
+            self.solve_rates[prompt.prompt_id] = rate
+
+    def go_on_from(self, solve_rates: Mapping[str, float]) -> None:
+        """Take over what a checkpoint has, where the rule needs it."""
+        self.solve_rates = dict(solve_rates) if self._spec.needs_solve_rates else {}

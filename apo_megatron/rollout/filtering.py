@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from apo_megatron.config import RLConfig
@@ -15,9 +16,13 @@ from apo_megatron.types import SampleGroup
 def filter_samples(groups: Sequence[SampleGroup], cfg: RLConfig, step: int) -> dict[str, float]:
     """Mark what is left out of ``step`` (counted from 0), once advantages are assigned; its metric.
 
-    Every rank holds all groups and marks the same samples.
+    Every rank holds all groups and marks the same samples, also after a resume. The filter sees them in an
+    order drawn from the run's seed and the step: with rewards of 0 and 1 many advantages are equal, and those
+    of early prompts would always be the ones it takes first.
     """
-    samples = [sample for _, sample in trained_samples(groups)]
+    in_order = [sample for _, sample in trained_samples(groups)]
+    places = np.random.default_rng((cfg.train.seed, step)).permutation(len(in_order))
+    samples = [in_order[place] for place in places]
     advantages = torch.tensor([sample.advantage for sample in samples], dtype=torch.float64)
     progress = step / max(1, cfg.train.num_steps - 1)
     keep = SAMPLE_FILTERS[cfg.rollout.sample_filter]

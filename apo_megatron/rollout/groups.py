@@ -25,7 +25,7 @@ from apo_megatron.rewards.registry import Reward
 from apo_megatron.rollout.advantage_state import AdvantageState
 from apo_megatron.rollout.engine import SamplingParams
 from apo_megatron.rollout.sampling import sampling_params
-from apo_megatron.types import Completion, Prompt, SampleGroup
+from apo_megatron.types import Completion, Prompt, SampleGroup, solve_rate
 
 T = TypeVar("T")
 _MAX_STEPS = 1_000_003  # prime: seeds of neighbouring runs do not meet
@@ -121,7 +121,7 @@ def group_metrics(groups: Sequence[SampleGroup], cfg: RLConfig) -> dict[str, flo
     judged = [sample.reward for sample in samples if sample.reward == sample.reward]
     lengths = [len(sample.completion.token_ids) for sample in samples]
     mixed = [is_mixed(group) for group in groups]
-    solved = [any((sample.reward or 0) >= 1 for sample in group.samples) for group in groups]
+    solved = [bool(solve_rate([sample.reward for sample in group.samples])) for group in groups]
     truncated = [sample.completion.finish_reason == "length" for sample in samples]
     metrics = {
         "reward": sum(r for r in judged if r is not None) / max(1, len(judged)),

@@ -20,7 +20,7 @@ from apo_megatron.objectives.interface import (
 )
 from apo_megatron.objectives.kl import kl_k3
 from apo_megatron.objectives.policy_losses.clipped import clipped_loss
-from apo_megatron.objectives.ratios import MAX_LOG_RATIO, importance_ratio
+from apo_megatron.objectives.ratios import importance_ratio, log_importance_ratio
 from apo_megatron.objectives.selection import draw, largest, num_chosen
 from apo_megatron.objectives.surrogates import clipped_tokens
 
@@ -47,7 +47,7 @@ def kl_cov(inputs: LossInputs, cfg: ObjectiveConfig) -> LossOutputs:
     c as in Clip-Cov; ``share`` of all tokens of the mini-batch are held, at least one. No clip. At r = 1
     exactly |log r| has no gradient; where only rounding separates the two passes, its sign is theirs.
     """
-    log_ratio = (inputs.log_probs - inputs.old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = log_importance_ratio(inputs.log_probs, inputs.old_log_probs)
     is_held = inputs.statistics["is_chosen"] > 0
     loss = -inputs.advantages * log_ratio.exp()
     loss = loss + torch.where(is_held, cfg.kl_cov.coeff * log_ratio.abs(), 0.0)
