@@ -248,7 +248,7 @@ class BAPOConfig(Section):
 class DMPOConfig(Section):
     """`loss_mode: dmpo`. The distance between two distributions over a group: the policy's and its target."""
 
-    coeff: NonNegativeFloat = Field(2.0, description="lambda: weight of the distance; 0 = vanilla.")
+    coeff: NonNegativeFloat = Field(2.0, description="beta: weight of the distance; 0 = vanilla.")
     temperature: PositiveFloat = Field(1 / 15, description="The target is softmax(A / temperature).")
 
 
