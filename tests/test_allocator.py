@@ -26,21 +26,21 @@ def allocator(**rollout: Any) -> SampleAllocator:
 def test_the_share_is_that_of_the_newest_answers_and_unknown_while_they_are_few() -> None:
     of, one = allocator(allocation="knapsack"), prompt(0)
     of.note(one, [1.0, 0.0, None, math.nan, 1.5, 0.9, 1.0, 0.0, 1.0])
-    assert of.success_rates == {"p0": "1010101"} and of.success_rate("p0") is None
+    assert of.solve_rates == {"p0": "1010101"} and of.solve_rate("p0") is None
     of.note(one, [0.0])
-    assert len(of.success_rates["p0"]) == NUM_TRUSTED and of.success_rate("p0") == 0.5
+    assert len(of.solve_rates["p0"]) == NUM_TRUSTED and of.solve_rate("p0") == 0.5
     of.note(one, [0.0] * (NUM_POOLED - 2))
-    assert of.success_rates == {"p0": "10" + "0" * (NUM_POOLED - 2)}
+    assert of.solve_rates == {"p0": "10" + "0" * (NUM_POOLED - 2)}
     of.note(one, [1.0] * (NUM_POOLED + 3) + [0.0])  # a visit of more: all of it, and nothing else
-    assert of.success_rate("p0") == (NUM_POOLED + 3) / (NUM_POOLED + 4)
+    assert of.solve_rate("p0") == (NUM_POOLED + 3) / (NUM_POOLED + 4)
     of.note(one, [None])
-    assert len(of.success_rates["p0"]) == NUM_POOLED + 4 and of.success_rate("p1") is None
+    assert len(of.solve_rates["p0"]) == NUM_POOLED + 4 and of.solve_rate("p1") is None
 
 
 def test_nothing_is_kept_where_the_rule_asks_for_nothing() -> None:
     of = allocator()
     of.note(prompt(0), [1.0] * 20)
-    assert of.success_rates == {} and of.allocate([prompt(0)]) == [GROUP_SIZE]
+    assert of.solve_rates == {} and of.allocate([prompt(0)]) == [GROUP_SIZE]
 
 
 def value_of_epochs(of: SampleAllocator, seed: int) -> float:

@@ -94,7 +94,7 @@ def test_riskpo_keeps_its_quantiles_and_d3s_lets_go(folder: Path) -> None:
 
 
 def test_knapsack_moves_samples_to_where_they_teach_and_dcpo_counts_visits(folder: Path) -> None:
-    known = _last_parts(folder, "dcpo_straight")["rollout"]["success_rates"]
+    known = _last_parts(folder, "dcpo_straight")["rollout"]["solve_rates"]
     visits = _last_parts(folder, "dcpo_straight")["advantages"]["values"]
     assert visits.keys() == known.keys()
     assert sum(count for count, _, _ in visits.values()) == NUM_STEPS * PROMPTS_PER_STEP

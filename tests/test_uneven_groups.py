@@ -61,7 +61,7 @@ def test_every_strategy_draws_what_was_allocated(strategy: str) -> None:
     assert GROUP_SIZE < max(counts) <= 7
     # What is always solved gets fewest, and is not trained on with dynamic sampling.
     assert cfg.rollout.drop_zero_spread or min(counts) == 2
-    rates = state["sampler"]["success_rates"]
+    rates = state["sampler"]["solve_rates"]
     assert len(rates) == 9 and set(rates["p0"]) == {"1"}
     assert 0.3 < rates["p1"].count("1") / len(rates["p1"]) < 0.7
     assert drawn(strategy, range(12))[0] == sizes
@@ -77,7 +77,7 @@ def test_a_step_spends_its_budget_where_it_teaches() -> None:
     assert counts[4] == knapsack([None, None, 1.0, 0.5], cfg.rollout)
     # 14 answers of p1, of which every second is right, and what follows from it in a run that goes on.
     half = drawn("plain", range(5))
-    assert half[1]["sampler"]["success_rates"]["p1"] == "01" * 7
+    assert half[1]["sampler"]["solve_rates"]["p1"] == "01" * 7
     rest, end, _ = drawn("plain", range(5, 8), half[1])
     assert half[0] + rest == sizes and end == state
 

@@ -13,30 +13,30 @@ from dataclasses import dataclass
 from apo_megatron.config.rollout import RolloutConfig
 
 # Share of right answers among the newest of a prompt (``rollout/allocation.py``); None: too few are known.
-SuccessRates = Sequence[float | None]
+SolveRates = Sequence[float | None]
 
 
 @dataclass(frozen=True)
 class SampleAllocationSpec:
     """A rule and what must be known for it; what is not declared is not kept."""
 
-    function: Callable[[SuccessRates, RolloutConfig], list[int]]  # samples of each prompt of a round
-    needs_success_rates: bool = False
+    function: Callable[[SolveRates, RolloutConfig], list[int]]  # samples of each prompt of a round
+    needs_solve_rates: bool = False
 
 
-def knapsack(success_rates: SuccessRates, cfg: RolloutConfig) -> list[int]:
+def knapsack(solve_rates: SolveRates, cfg: RolloutConfig) -> list[int]:
     """Knapsack RL (arXiv 2509.25849): the samples of a round go where they are likeliest to teach. [code]
 
     Experimental: without the authors' fallback, and for them a prompt left at ``min_samples`` is worth 0,
-    here what ``group_value`` says. Maximises the sum of it over the prompts with a known success rate, each
+    here what ``group_value`` says. Maximises the sum of it over the prompts with a known solve rate, each
     with ``min_samples`` to ``max_samples``, group_size on average; a prompt without one gets group_size. What
     nobody gains by goes to those that have the fewest, in their order.
     """
-    known = [i for i, p in enumerate(success_rates) if p is not None]
-    rates = [p for p in success_rates if p is not None]
+    known = [i for i, p in enumerate(solve_rates) if p is not None]
+    rates = [p for p in solve_rates if p is not None]
     own = cfg.knapsack
     chosen = best_allocation(rates, len(rates) * cfg.group_size, own.min_samples, own.max_samples)
-    counts = [cfg.group_size] * len(success_rates)
+    counts = [cfg.group_size] * len(solve_rates)
     for i, count in zip(known, chosen, strict=True):
         counts[i] = count
     return counts
@@ -61,9 +61,9 @@ def best_allocation(rates: Sequence[float], budget: int, smallest: int, largest:
     return counts
 
 
-def group_value(success_rate: float, num_samples: int) -> float:
+def group_value(solve_rate: float, num_samples: int) -> float:
     """(1 - p^n - (1 - p)^n) p (1 - p)^2: the chance of right and wrong answers, by what they teach."""
-    p, n = success_rate, num_samples
+    p, n = solve_rate, num_samples
     return (1 - p**n - (1 - p) ** n) * p * (1 - p) ** 2
 
 
@@ -72,11 +72,11 @@ def _gain(p: float, num_samples: int) -> float:
     return (p**num_samples * (1 - p) + (1 - p) ** num_samples * p) * p * (1 - p) ** 2
 
 
-def _uniform(success_rates: SuccessRates, cfg: RolloutConfig) -> list[int]:
-    return [cfg.group_size] * len(success_rates)
+def _uniform(solve_rates: SolveRates, cfg: RolloutConfig) -> list[int]:
+    return [cfg.group_size] * len(solve_rates)
 
 
 SAMPLE_ALLOCATIONS: dict[str, SampleAllocationSpec] = {
     "uniform": SampleAllocationSpec(_uniform),
-    "knapsack": SampleAllocationSpec(knapsack, needs_success_rates=True),
+    "knapsack": SampleAllocationSpec(knapsack, needs_solve_rates=True),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from apo_megatron.config.rollout import RolloutConfig
 from apo_megatron.objectives.sample_allocations import SAMPLE_ALLOCATIONS
@@ -21,21 +21,25 @@ class SampleAllocator:
         self._cfg, self._spec = cfg, SAMPLE_ALLOCATIONS[cfg.allocation]
         # By prompt id its newest answers, the last one last: "1" is right, "0" is wrong. Empty where the rule
         # needs none.
-        self.success_rates: dict[str, str] = {}
+        self.solve_rates: dict[str, str] = {}
 
     def allocate(self, prompts: Sequence[Prompt]) -> list[int]:
         """Samples of each of the prompts that a round begins."""
-        return self._spec.function([self.success_rate(p.prompt_id) for p in prompts], self._cfg)
+        return self._spec.function([self.solve_rate(p.prompt_id) for p in prompts], self._cfg)
 
-    def success_rate(self, prompt_id: str) -> float | None:
+    def solve_rate(self, prompt_id: str) -> float | None:
         """The share of right answers among the newest; None while there are too few."""
-        answers = self.success_rates.get(prompt_id, "")
+        answers = self.solve_rates.get(prompt_id, "")
         return answers.count("1") / len(answers) if len(answers) >= NUM_TRUSTED else None
 
     def note(self, prompt: Prompt, rewards: Sequence[float | None]) -> None:
         """What came of a prompt. Right is a reward of 1 or more; what could not be judged does not count."""
         judged = [reward for reward in rewards if reward is not None and reward == reward]
-        if self._spec.needs_success_rates and judged:
+        if self._spec.needs_solve_rates and judged:
             answers = "".join("1" if reward >= 1 else "0" for reward in judged)
-            known = self.success_rates.get(prompt.prompt_id, "") + answers
-            self.success_rates[prompt.prompt_id] = known[-max(NUM_POOLED, len(answers)) :]
+            known = self.solve_rates.get(prompt.prompt_id, "") + answers
+            self.solve_rates[prompt.prompt_id] = known[-max(NUM_POOLED, len(answers)) :]
+
+    def go_on_from(self, solve_rates: Mapping[str, str]) -> None:
+        """Take over what a checkpoint has, where the rule needs it."""
+        self.solve_rates = dict(solve_rates) if self._spec.needs_solve_rates else {}

@@ -148,14 +148,14 @@ class GroupSampler:
 
         Also how often prompts were solved, where that decides how many samples they get.
         """
-        known = self._allocator.success_rates
-        return self._draws.state_dict() | ({"success_rates": dict(known)} if known else {})
+        known = self._allocator.solve_rates
+        return self._draws.state_dict() | ({"solve_rates": dict(known)} if known else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Draw what was under way anew, before other prompts. Raises CheckpointError for other data."""
         assert self._round is None, "nothing may be under way"
         self._draws.load_state_dict(state)
-        self._allocator.success_rates = dict(state.get("success_rates", {}))
+        self._allocator.go_on_from(state.get("solve_rates", {}))
 
     def _num_needed(self) -> int:
         """Complete groups that the next round should add; 0: the step has what it needs."""
