@@ -105,7 +105,6 @@ class PaddedSequences:
         None  # [B] int64, what is drawn for a sequence in this step depends on it
     )
     groups: torch.Tensor | None = None  # [B] int64, the same for all samples of a prompt; -1 = unknown
-    rewards: torch.Tensor | None = None  # [B] fp64, raw R; NaN = unknown
     target_advantages: torch.Tensor | None = None  # [B, S] fp32, where the loss needs them
 
     @property

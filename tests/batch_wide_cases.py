@@ -36,8 +36,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "clip_high": 0.03,
         },
         "kl_cov": {"share": 0.15, "coeff": 0.7},
-        "bapo": {"target": 0.86, "low_start": 0.6, "low_max": 0.7, "low_step": 0.04, "high_max": 4.0},
-        "dmpo": {"coeff": 1.5, "sharpness": 2.0},
+        "bapo": {"target": 0.8, "low_start": 0.6, "low_max": 0.7, "low_step": 0.04, "high_max": 4.0},
+        "dmpo": {"coeff": 1.5, "temperature": 0.5},
     },
 }
 
@@ -54,7 +54,6 @@ def make_answers(distance: float, seed: int = 0) -> list[Answer]:
                 moved.requires_grad_(),
                 old,
                 advantage=(-1, 0, 1)[i % 3] * float(rng.uniform(0.5, 2)),
-                reward=float(rng.uniform(0, 1)),
                 group=i % 4,
                 seed=int(rng.integers(2**63)),
             )
@@ -91,7 +90,6 @@ def mini_batch_inputs(
         sequence_ids=tokens.sequence_ids,
         draw_seeds=torch.tensor([a.seed for a in answers], dtype=torch.int64),
         groups=torch.tensor([a.group for a in answers], dtype=torch.int64),
-        rewards=torch.tensor([a.reward for a in answers], dtype=torch.float64),
         sum=add,
         gather=gather,
     )

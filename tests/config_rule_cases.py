@@ -419,6 +419,12 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
+        "targets_and_advantages_look_at_one_group",
+        ["objective.loss_mode=gbpo", "objective.advantage_estimator=dcpo"],
+        ["objective:", "loss_mode=gbpo", "advantage_estimator=dcpo", "choose one of grpo, dr_grpo"],
+    ),
+    (
+        RLConfig,
         "apo_has_wrong_answers",
         ["objective.advantage_estimator=psr"],
         ["objective.advantage_estimator=psr", "loss_mode=apo_ratio", "vanilla"],

@@ -26,7 +26,6 @@ class Answer:
     log_probs: Tensor  # [T_i], with gradient
     old_log_probs: Tensor  # [T_i]
     advantage: float
-    reward: float = 0.0
     group: int = 0
     seed: int = 0
 
@@ -122,14 +121,14 @@ def dmpo(answers: list[Answer], settings: Settings) -> tuple[list[list[Tensor]],
     distances = []
     for group in sorted({answer.group for answer in answers}):
         members = [answer for answer in answers if answer.group == group]
-        wanted = [own["sharpness"] * answer.reward for answer in members]
+        wanted = [answer.advantage / own["temperature"] for answer in members]
         p = torch.tensor(wanted, dtype=members[0].log_probs.dtype).softmax(0)
         q = torch.stack([answer.log_probs.mean() for answer in members]).softmax(0)
-        distances.append(((p - q) ** 2).mean())
+        distances.append((p - q) ** 2)
     low, high = 1 - settings["clip_low"], 1 + settings["clip_high"]
     dual = settings.get("dual_clip")
     losses = [[_ppo(a, t, low, high, dual) for t in range(len(a.log_probs))] for a in answers]
-    return losses, own["coeff"] * torch.stack(distances).mean()
+    return losses, own["coeff"] * torch.cat(distances).mean()
 
 
 PLAIN_BATCH_LOSSES: dict[str, PlainBatchLoss] = {

@@ -110,9 +110,7 @@ def _answer(
 ) -> BatchAnswer:
     all_log_probs, targets = _token_log_probs(model, sequence)
     log_probs = all_log_probs.gather(-1, targets[:, None])[:, 0]
-    return BatchAnswer(
-        log_probs, old, sequence["advantage"], sequence["reward"], sequence["group"], draw_seed
-    )
+    return BatchAnswer(log_probs, old, sequence["advantage"], sequence["group"], draw_seed)
 
 
 def _token_log_probs(model: torch.nn.Module, sequence: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -293,6 +293,23 @@ def test_groups_of_equal_sums_teach_where_their_terms_differ() -> None:
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("group_size", [5, 6, 7])
+def test_rounding_of_terms_that_cancel_is_no_advantage(group_size: int, dtype: torch.dtype) -> None:
+    rewards = torch.zeros(3, group_size, dtype=dtype)
+    for row in range(3):
+        rewards[row, : row + 1] = 1.0
+    weights = torch.ones(2, dtype=dtype)
+    cancelled = torch.stack([rewards, 1 - rewards], dim=-1)
+    for estimator in (gdpo_advantages, dvao_advantages):
+        found = estimator(cancelled, weights)
+        assert found.dtype == dtype and not found.any()
+    # Beside a group that teaches, they are not in the std of the whitening.
+    both = torch.cat([cancelled, torch.stack([rewards, rewards], dim=-1)[:1]])
+    found = gdpo_advantages(both, weights)
+    assert not found[:3].any() and found[3].std().item() == pytest.approx(1.0, rel=1e-5)
+
+
 # --- the registry ---------------------------------------------------------------------------------
 
 
@@ -301,6 +318,7 @@ def test_the_configuration_knows_every_estimator() -> None:
     assert get_args(settings.AdvantageEstimatorName) == tuple(specs)
     assert set(settings.BY_CORRECTNESS) == _names(lambda name: specs[name].needs == {"is_correct"})
     assert set(settings.BEYOND_GROUP) == _names(lambda name: specs[name].looks_beyond_group)
+    assert set(settings.GROUP_CENTRED) <= set(specs)
     assert set(settings.BY_REWARD_TERMS) == _names(lambda name: "reward_terms" in specs[name].needs)
     found = {name: torch.cat([estimate(name, random_inputs(seed)) for seed in range(3)]) for name in specs}
     assert set(settings.NEVER_NEGATIVE) == _names(lambda name: bool((found[name] >= 0).all()))

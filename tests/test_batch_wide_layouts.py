@@ -40,7 +40,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "kl_cov": {"kl_cov": {"share": 0.3, "coeff": 0.5}},
     "bapo": {"bapo": {"target": 1.25, "low_start": 0.7, "low_max": 0.75, "high_start": 1.05}},
     "p3o": {"loss_aggregation": "seq-mean-token-mean"},
-    "dmpo": {"dmpo": {"coeff": 20.0, "sharpness": 2.0}, "loss_aggregation": "seq-mean-token-mean"},
+    "dmpo": {"dmpo": {"coeff": 20.0, "temperature": 0.5}, "loss_aggregation": "seq-mean-token-mean"},
 }
 _CP2 = {"context_parallel_size": 2}
 _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -60,7 +60,7 @@ TABLE: dict[int, list[tuple[dict[str, Any], dict[str, Any]]]] = {
 
 
 def with_old_policy(model_path: Path) -> list[dict[str, Any]]:
-    """The sequences of the other layout tests, with an old policy, rewards and five groups."""
+    """The sequences of the other layout tests, with an old policy and five groups."""
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     rng = np.random.default_rng(7)
     sequences = []
@@ -70,7 +70,7 @@ def with_old_policy(model_path: Path) -> list[dict[str, Any]]:
             log_probs = model(tokens[None]).logits[0, start - 1 : -1].log_softmax(-1)
         current = log_probs.gather(-1, tokens[start:, None])[:, 0].numpy()
         moved = current + rng.normal(0, 0.3, len(current)).astype(np.float32)
-        more = {"rollout": moved.tolist(), "reward": float(rng.uniform(0, 1)), "group": number % 5}
+        more = {"rollout": moved.tolist(), "group": number % 5}
         sequences.append({**sequence, **more})
     return sequences
 
@@ -171,7 +171,6 @@ def shares(loss_mode: PolicyLossName, num_ranks: int, seed: tuple[int, int] = (3
             1.0,
             np.zeros(1 + group % 4 + i),
             group=group,
-            reward=float(i),
         )
         for group in range(7)
         for i in range(1 + group % 4)

@@ -70,7 +70,7 @@ def test_the_answers_reach_every_bound() -> None:
     assert found["clip_cov"]["covariance_share"] == pytest.approx(0.1, abs=0.01)
     assert found["kl_cov"]["covariance_share"] == pytest.approx(0.15, abs=0.01)
     assert found["bapo"]["bapo_low"] == pytest.approx(0.7) and 1.3 < found["bapo"]["bapo_high"] < 3.9
-    assert 0.5 < found["p3o"]["ess"] < 0.95 and 0.05 < found["p3o"]["bound_fraction_high"] < 0.95
+    assert 0.5 < found["p3o"]["ess"] < 0.95
     assert found["dmpo"]["dmpo_distance"] > 0.01
     for name in ("clip_cov", "bapo", "dmpo"):
         assert min(found[name]["clip_fraction_low"], found[name]["clip_fraction_high"]) > 0.02
@@ -145,7 +145,7 @@ def test_the_draw_takes_so_many_of_the_candidates_evenly() -> None:
 def test_extreme_ratios_and_probabilities_stay_finite(name: str, dtype: torch.dtype, setting: str) -> None:
     logs = torch.tensor([0.0, -1e-7, -19.0, -21.0, -100.0, -1000.0], dtype=torch.float64)
     now, old = torch.cartesian_prod(logs, logs).unbind(1)
-    answers = [Answer(now.clone(), old, a, reward=100 * a, seed=i) for i, a in enumerate((-2.0, 0.0, 2.0))]
+    answers = [Answer(now.clone(), old, a, seed=i) for i, a in enumerate((-2.0, 0.0, 2.0))]
     cfg = config_of(name, SETTINGS[setting])
     found = statistics(name, mini_batch_inputs(answers), cfg)
     tokens = flat(answers)
@@ -274,14 +274,15 @@ def test_bapo_raises_its_bounds_in_order_and_no_further_than_needed() -> None:
     assert bounds(0.8, low_max=0.8) == (0.8, pytest.approx(1.3))
 
 
-def test_dmpo_draws_a_group_towards_its_rewards_alone() -> None:
+def test_dmpo_draws_a_group_towards_its_target_alone() -> None:
     """Descent on the term lowers it, and answers of a group with p = q are left where they are."""
     answers = make_answers(0.5)
     scores = [a.log_probs.detach().mean().item() for a in answers]
     matched = [
-        dataclasses.replace(a, reward=s) if a.group == 0 else a for a, s in zip(answers, scores, strict=True)
+        dataclasses.replace(a, advantage=s) if a.group == 0 else a
+        for a, s in zip(answers, scores, strict=True)
     ]
-    outputs = evaluate("dmpo", matched, dmpo={"sharpness": 1.0})[2]
+    outputs = evaluate("dmpo", matched, dmpo={"temperature": 1.0})[2]
     assert outputs.unweighted is not None
     slopes = torch.autograd.grad(outputs.unweighted.sum(), [a.log_probs for a in matched])
     for answer, slope in zip(matched, slopes, strict=True):
@@ -291,7 +292,7 @@ def test_dmpo_draws_a_group_towards_its_rewards_alone() -> None:
         for a, slope in zip(matched, slopes, strict=True)
     ]
     before, after = (
-        metrics_of(evaluate("dmpo", batch, dmpo={"sharpness": 1.0})[2])["dmpo_distance"]
+        metrics_of(evaluate("dmpo", batch, dmpo={"temperature": 1.0})[2])["dmpo_distance"]
         for batch in (matched, moved)
     )
     assert after < before

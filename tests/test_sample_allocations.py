@@ -82,10 +82,10 @@ def test_prompts_that_were_never_drawn_get_the_average() -> None:
     assert SAMPLE_ALLOCATIONS["uniform"].function([0.5, None], cfg) == [4, 4]
 
 
-@pytest.mark.parametrize(("allocation", "kept"), [("uniform", {}), ("knapsack", {"a": 0.25, "b": 0.5})])
-def test_solve_rates_are_kept_where_the_rule_needs_them(allocation: str, kept: dict[str, float]) -> None:
+@pytest.mark.parametrize(("allocation", "kept"), [("uniform", {}), ("knapsack", {"a": "0100", "b": "10"})])
+def test_answers_are_kept_where_the_rule_needs_them(allocation: str, kept: dict[str, str]) -> None:
     allocator = SampleAllocator(RolloutConfig.model_validate({"allocation": allocation}))
-    allocator.go_on_from({"a": 0.25})
+    allocator.go_on_from({"a": "0100"})
     for name, rewards in (("b", [1.0, 0.0, None, math.nan]), ("c", [None])):
         allocator.note(Prompt(name, "", np.zeros(0, np.int32)), rewards)
     assert allocator.solve_rates == kept

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from apo_megatron.config import RLConfig
+from apo_megatron.config.advantages import GROUP_CENTRED
 from apo_megatron.data.collate import trained_samples
 from apo_megatron.data.prompts import PromptLoader
 from apo_megatron.objectives import ADVANTAGE_ESTIMATORS
@@ -61,27 +62,35 @@ def test_every_strategy_draws_what_was_allocated(strategy: str) -> None:
     # What is always solved gets fewest, and is not trained on with dynamic sampling.
     assert cfg.rollout.drop_zero_spread or min(counts) == 2
     rates = state["sampler"]["solve_rates"]
-    assert len(rates) == 9 and rates["p0"] == 1.0 and 0.3 < rates["p1"] < 0.7
+    assert len(rates) == 9 and set(rates["p0"]) == {"1"}
+    assert 0.3 < rates["p1"].count("1") / len(rates["p1"]) < 0.7
     assert drawn(strategy, range(12))[0] == sizes
 
 
 def test_a_step_spends_its_budget_where_it_teaches() -> None:
-    sizes, state, cfg = drawn("plain", range(6))
+    sizes, state, cfg = drawn("plain", range(8))
     counts = [[count for _, count in of_step] for of_step in sizes]
     assert all(sum(of_step) == GROUP_SIZE * PROMPTS_PER_STEP for of_step in counts)
-    assert counts[0] == counts[1] == [GROUP_SIZE] * PROMPTS_PER_STEP  # nobody was seen
-    # The third step: p8, never seen, then p0 (always right), p1 and p2 (half of 4 right).
-    assert sizes[2] == [("p8", 4), ("p0", 2), ("p1", 5), ("p2", 5)]
-    assert counts[2] == knapsack([None, 1.0, 0.5, 0.5], cfg.rollout)
-    # 5 answers of p1, of which every second is right, and what follows from it in a run that goes on.
-    half = drawn("plain", range(3))
-    assert half[1]["sampler"]["solve_rates"]["p1"] == 0.4
-    rest, end, _ = drawn("plain", range(3, 6), half[1])
+    assert counts[:4] == [[GROUP_SIZE] * PROMPTS_PER_STEP] * 4  # nobody was seen twice
+    # The fifth step: p7 and p8, seen once, then p0 (always right) and p1 (half of 8 right).
+    assert sizes[4] == [("p7", 4), ("p8", 4), ("p0", 2), ("p1", 6)]
+    assert counts[4] == knapsack([None, None, 1.0, 0.5], cfg.rollout)
+    # 14 answers of p1, of which every second is right, and what follows from it in a run that goes on.
+    half = drawn("plain", range(5))
+    assert half[1]["sampler"]["solve_rates"]["p1"] == "01" * 7
+    rest, end, _ = drawn("plain", range(5, 8), half[1])
     assert half[0] + rest == sizes and end == state
 
 
-@pytest.mark.parametrize("name", [name for name in ADVANTAGE_ESTIMATORS if name not in OF_THE_BATCH])
-@pytest.mark.parametrize("loss_mode", ["vanilla", "gbpo"])
+@pytest.mark.parametrize(
+    ("name", "loss_mode"),
+    [
+        (name, loss_mode)
+        for name in ADVANTAGE_ESTIMATORS
+        for loss_mode in ("vanilla", "gbpo")
+        if name not in OF_THE_BATCH and (loss_mode != "gbpo" or name in GROUP_CENTRED)
+    ],
+)
 def test_a_small_group_among_large_ones_is_as_it_would_be_alone(name: str, loss_mode: str) -> None:
     values = config(name, mask_truncated=True).model_dump()
     values["objective"]["loss_mode"] = loss_mode

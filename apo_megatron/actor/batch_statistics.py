@@ -21,7 +21,7 @@ def loss_statistics(
     """
     mask = mini_batch.loss_mask
     assert mini_batch.old_log_probs is not None and mini_batch.draw_seeds is not None
-    assert mini_batch.groups is not None and mini_batch.rewards is not None
+    assert mini_batch.groups is not None
 
     def sum_over_ranks(values: Tensor) -> Tensor:
         return sum_over_data_parallel(values.clone().to(parallel.device), parallel).cpu()
@@ -34,7 +34,6 @@ def loss_statistics(
             sequence_ids=mask.nonzero()[:, 0],
             draw_seeds=mini_batch.draw_seeds,
             groups=mini_batch.groups,
-            rewards=mini_batch.rewards,
             sum=sum_over_ranks,
             gather=lambda values: gather_over_data_parallel(values, parallel),
         )

@@ -28,6 +28,8 @@ AdvantageEstimatorName = Literal[
 BY_CORRECTNESS = ("psr", "nsr", "w_reinforce", "passk")
 BY_REWARD_TERMS = ("gdpo", "dvao")
 NEVER_NEGATIVE = ("psr", "pkpo")
+# The sign of A says on which side of its own group a sample lies.
+GROUP_CENTRED = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline", "opo", "passk")
 # What a group teaches depends on others of the step, or of earlier ones.
 BEYOND_GROUP = ("riskpo", "dcpo")
 

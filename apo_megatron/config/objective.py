@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from apo_megatron.config.advantages import (
+    GROUP_CENTRED,
     AdvantageEstimatorName,
     PassKConfig,
     PKPOConfig,
@@ -214,5 +215,17 @@ class ObjectiveConfig(Section):
                 f"{'needs' if wanted else 'does not use'} loss_aggregation_constant, found "
                 f"{'null' if wanted else self.loss_aggregation_constant}: "
                 f"{'set it to the longest response (tokens)' if wanted else 'leave it out'}"
+            )
+        return None
+
+    @rule
+    def targets_and_advantages_look_at_one_group(self) -> str | None:
+        """`loss_mode` = gbpo ignores the sign of A: it goes with an `advantage_estimator` that compares a
+        sample with its own group alone."""
+        if self.loss_mode == "gbpo" and self.advantage_estimator not in GROUP_CENTRED:
+            return (
+                f"loss_mode=gbpo with advantage_estimator={self.advantage_estimator}: gbpo takes the size of "
+                "A and its sign from the group's median, which is another one there; choose one of "
+                f"{', '.join(GROUP_CENTRED)}"
             )
         return None

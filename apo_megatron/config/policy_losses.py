@@ -263,12 +263,10 @@ class BAPOConfig(Section):
 
 
 class DMPOConfig(Section):
-    """`loss_mode: dmpo`. The distance between the policy's and the rewards' distribution over a group."""
+    """`loss_mode: dmpo`. The distance between two distributions over a group: the policy's and its target."""
 
-    coeff: NonNegativeFloat = Field(2.0, description="lambda: weight of the distance; 0 = vanilla.")
-    sharpness: PositiveFloat = Field(
-        15.0, description="1 / alpha: the rewards' distribution is softmax(sharpness * R)."
-    )
+    coeff: NonNegativeFloat = Field(2.0, description="beta: weight of the distance; 0 = vanilla.")
+    temperature: PositiveFloat = Field(1 / 15, description="The target is softmax(A / temperature).")
 
 
 class GBPOConfig(Section):

@@ -6,7 +6,6 @@ mini-batches and the same denominators; a rank keeps only its own share of the s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -31,7 +30,6 @@ class TrainingSequence:
     rollout_log_probs: np.ndarray | None = None  # [L - prompt_length] float32
     solve_rate: float | None = None  # share of right answers among those of its prompt that were judged
     group: int = -1  # the same for all samples of a prompt and for no others; -1 = unknown
-    reward: float = math.nan  # raw R; NaN = unknown
     target_advantage: float | None = None  # where the loss needs it
 
 
@@ -92,7 +90,6 @@ def trained_sequences(groups: Sequence[SampleGroup]) -> list[TrainingSequence]:
             rollout_log_probs=sample.completion.log_probs,
             solve_rate=solve_rates[id(group)],
             group=numbers[id(group)],
-            reward=math.nan if sample.reward is None else sample.reward,
             target_advantage=sample.target_advantage,
         )
         for group, sample in trained_samples(groups)
@@ -146,7 +143,6 @@ def make_batch(
             **padded,
             draw_seeds=torch.from_numpy(draw_seeds)[rows],
             groups=torch.tensor([sequences[row].group for row in rows], dtype=torch.int64),
-            rewards=torch.tensor([sequences[row].reward for row in rows], dtype=torch.float64),
         ),
         mini_batch_sizes=tuple(len(part) for part in mine),
         num_wrong=sum(sequences[row].advantage < 0 for row in rows),

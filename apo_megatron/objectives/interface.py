@@ -96,7 +96,6 @@ class MiniBatchInputs:
     sequence_ids: Tensor  # [T] int64 in [0, B), ascending
     draw_seeds: Tensor  # [B] int64, the same for a sequence in every layout, another in every step
     groups: Tensor  # [B] int64, the same for all samples of a prompt and for no others; -1 where unknown
-    rewards: Tensor  # [B] raw R; NaN where unknown
     sum: Callable[[Tensor], Tensor]  # over the data-parallel ranks
     gather: Callable[[Tensor], Tensor]  # [n] -> [n of all data-parallel ranks], one after the other
 

@@ -1,7 +1,8 @@
 """Advantages from several rewards, compared one by one before they are added up.
 
 [P, G, R]: R rewards ("terms") of each sample, with weights [R]. A sample that one of them could not judge
-(NaN) is left out of all statistics. Terms that do not differ in a group add 0.
+(NaN) is left out of all statistics. Terms that do not differ in a group add 0, and where the weighted terms
+cancel out, the group gets 0: what rounding leaves of them must not become an advantage.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apo_megatron.objectives.advantages import centered_rewards, group_normalized_advantages
+from apo_megatron.objectives.advantages import centered_rewards, group_normalized_advantages, mixed_groups
 
 
 def gdpo_advantages(terms: Tensor, weights: Tensor, eps: float = 1e-6) -> Tensor:
@@ -19,10 +20,10 @@ def gdpo_advantages(terms: Tensor, weights: Tensor, eps: float = 1e-6) -> Tensor
     in which a term differs, as the others are not trained on; the mean is 0 in each group already.
     """
     by_term = _by_term(terms)
-    summed = torch.stack([group_normalized_advantages(term, eps) for term in by_term], dim=-1) @ weights
+    summed = _weighted_sum([group_normalized_advantages(term, eps) for term in by_term], weights)
     is_trained = summed.ne(0).any(dim=1, keepdim=True) & ~by_term[0].isnan()
     variance = summed.square().sum() / (is_trained.sum() - 1).clamp(min=1)
-    return summed / (variance.sqrt() + eps)
+    return (summed / (variance.sqrt() + eps)).to(terms.dtype)
 
 
 def dvao_advantages(terms: Tensor, weights: Tensor, eps: float = 1e-6) -> Tensor:
@@ -37,11 +38,17 @@ def dvao_advantages(terms: Tensor, weights: Tensor, eps: float = 1e-6) -> Tensor
         of_term, num_judged = centered_rewards(term)
         centered.append(of_term)
         stds.append((of_term.square().sum(dim=1) / (num_judged.squeeze(1) - 1).clamp(min=1)).sqrt())
-    scale = torch.stack(stds, dim=-1) @ weights.abs()
-    return (torch.stack(centered, dim=-1) @ weights) / (scale.unsqueeze(1) + eps)
+    scale = torch.stack(stds, dim=-1) @ weights.double().abs()
+    return (_weighted_sum(centered, weights) / (scale.unsqueeze(1) + eps)).to(terms.dtype)
 
 
 def _by_term(terms: Tensor) -> list[Tensor]:
-    """R tensors [P, G]; NaN in all of them where one is."""
+    """R tensors [P, G] fp64; NaN in all of them where one is."""
     is_unjudged = terms.isnan().any(dim=-1, keepdim=True)
-    return list(terms.masked_fill(is_unjudged, torch.nan).unbind(dim=-1))
+    return list(terms.double().masked_fill(is_unjudged, torch.nan).unbind(dim=-1))
+
+
+def _weighted_sum(of_terms: list[Tensor], weights: Tensor) -> Tensor:
+    """R tensors [P, G], [R] -> [P, G] fp64; 0 in groups that span at most ``MIN_SPREAD``."""
+    summed = torch.stack(of_terms, dim=-1) @ weights.double()
+    return torch.where(mixed_groups(summed).unsqueeze(1), summed, 0.0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from apo_megatron.config.rollout import RolloutConfig
 
-# Share of right answers when a prompt was last drawn; None: it never was.
+# Share of right answers among the newest of a prompt (``rollout/allocation.py``); None: too few are known.
 SolveRates = Sequence[float | None]
 
 
@@ -27,9 +27,10 @@ class SampleAllocationSpec:
 def knapsack(solve_rates: SolveRates, cfg: RolloutConfig) -> list[int]:
     """Knapsack RL (arXiv 2509.25849): the samples of a round go where they are likeliest to teach. [code]
 
-    Experimental: without the authors' fallback. Maximises the sum of ``group_value`` over the prompts with a
-    known solve rate, each with ``min_samples`` to ``max_samples``, group_size on average; a prompt without
-    one gets group_size. What nobody gains by goes to those that have the fewest, in their order.
+    Experimental: without the authors' fallback, and for them a prompt left at ``min_samples`` is worth 0,
+    here what ``group_value`` says. Maximises the sum of it over the prompts with a known solve rate, each
+    with ``min_samples`` to ``max_samples``, group_size on average; a prompt without one gets group_size. What
+    nobody gains by goes to those that have the fewest, in their order.
     """
     known = [i for i, p in enumerate(solve_rates) if p is not None]
     rates = [p for p in solve_rates if p is not None]
@@ -44,9 +45,9 @@ def knapsack(solve_rates: SolveRates, cfg: RolloutConfig) -> list[int]:
 def best_allocation(rates: Sequence[float], budget: int, smallest: int, largest: int) -> list[int]:
     """Counts in [smallest, largest] that add up to ``budget`` and maximise the sum of ``group_value``.
 
-    Step by step to whoever gains most. That is exact: the gain of one more sample, w (p^n q + q^n p) with
-    q = 1 - p and a weight w >= 0, never grows with n. Of equal gains that of the smallest count comes first,
-    then that of the first prompt.
+    Step by step to whoever gains most. That is exact for this sum (not for the authors'): the gain of one
+    more sample, w (p^n q + q^n p) with q = 1 - p and a weight w >= 0, never grows with n. Of equal gains that
+    of the smallest count comes first, then that of the first prompt.
     """
     assert len(rates) * smallest <= budget <= len(rates) * largest, "a rule of the configuration sees to it"
     counts = [smallest] * len(rates)

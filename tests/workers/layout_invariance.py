@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -55,7 +54,6 @@ def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelC
             np.array(s.get("rollout", [0.0] * (len(s["tokens"]) - s["prompt_length"]))),
             s.get("solve_rate"),
             group=s.get("group", -1),
-            reward=s.get("reward", math.nan),
             target_advantage=s.get("target_advantage"),
         )
         for s in payload["sequences"]

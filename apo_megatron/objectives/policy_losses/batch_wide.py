@@ -74,13 +74,14 @@ def p3o(inputs: LossInputs, cfg: ObjectiveConfig) -> LossOutputs:
 
     ess = (sum r)^2 / (N sum r^2) over the N tokens of the mini-batch, in (0, 1]: 1 where all r are equal, as
     in the first update on fresh samples. Nothing to set; the authors' KL to the reference is ``use_kl_loss``.
+    Their N tokens are those of one micro-batch on all ranks.
     """
     ess = inputs.statistics["ess"]
     ratio = importance_ratio(inputs.log_probs, inputs.old_log_probs).detach()
     weights = torch.minimum(ratio, ess)
     distance = kl_k3(inputs.log_probs, inputs.old_log_probs)
     loss = -weights * inputs.advantages * inputs.log_probs + (1 - ess) * distance
-    return LossOutputs(loss, {"ess": TokenMetric(ess), "bound_fraction_high": TokenMetric(ratio > ess)})
+    return LossOutputs(loss, {"ess": TokenMetric(ess)})
 
 
 def _covariances(inputs: MiniBatchInputs) -> tuple[Tensor, int]:
