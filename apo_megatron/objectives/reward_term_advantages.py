@@ -30,8 +30,8 @@ def dvao_advantages(terms: Tensor, weights: Tensor, eps: float = 1e-6) -> Tensor
     """DVAO (arXiv 2605.25604): A = sum_k w_k (r_k - mean_k) / (sum_l |w_l| s_l + eps), s the group's std.
 
     [P, G, R], [R] -> [P, G]; it is the sum of GRPO advantages with weights w_k s_k / sum_l w_l s_l: a term
-    counts by how much it differs in the group. Known at second hand; |w| for negative weights and eps (where
-    nothing differs) are ours, and so is std with divisor n - 1.
+    counts by how much it differs in the group. Experimental: known at second hand. |w| for negative weights
+    and eps (where nothing differs) are ours, and so is std with divisor n - 1.
     """
     centered, stds = [], []
     for term in _by_term(terms):
