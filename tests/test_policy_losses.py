@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 from pathlib import Path
@@ -271,6 +272,11 @@ def test_the_page_of_methods_has_a_row_for_each() -> None:
     on_rollouts = {name for name, spec in POLICY_LOSSES.items() if spec.uses_rollouts}
     assert rows["Policy losses"] == {"loss_mode", *on_rollouts}  # the first is the head of the table
     assert rows["Corrections"] == {"mismatch_correction", *MISMATCH_CORRECTIONS}
+
+
+def test_a_loss_is_read_at_a_glance() -> None:
+    lengths = {n: len(inspect.getsource(spec.function).splitlines()) for n, spec in POLICY_LOSSES.items()}
+    assert max(lengths.values()) <= 40, lengths
 
 
 @pytest.mark.parametrize("name", sorted({*POLICY_LOSSES} - {"apo_ratio", "topk_forward_kl", "supervised"}))
