@@ -16,7 +16,6 @@ from apo_megatron.objectives import (
     POLICY_LOSSES,
     LossInputs,
     LossOutputs,
-    MetricSums,
     MiniBatchInputs,
 )
 from tests.plain_batch_losses import PLAIN_BATCH_LOSSES, Answer
@@ -119,12 +118,6 @@ def evaluate(name: str, answers: Sequence[Answer], **settings: Any) -> tuple[Ten
     outputs = POLICY_LOSSES[name].function(inputs, cfg)
     (slopes,) = torch.autograd.grad(outputs.loss.sum(), inputs.log_probs, retain_graph=True)
     return outputs.loss.detach(), slopes, outputs
-
-
-def metrics_of(outputs: LossOutputs) -> dict[str, float]:
-    sums = MetricSums()
-    sums.add(outputs.metrics)
-    return sums.finalize()
 
 
 def on_ranks(

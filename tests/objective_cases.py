@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apo_megatron.config import ObjectiveConfig
-from apo_megatron.objectives import LossInputs, MetricSums, build_objective, sequence_weights
+from apo_megatron.objectives import LossInputs, LossOutputs, MetricSums, build_objective, sequence_weights
 
 VOCAB = 11
 LENGTHS = torch.tensor([4, 0, 3, 6, 5])
@@ -111,4 +111,11 @@ def select(inputs: LossInputs, rows: Tensor) -> LossInputs:
 def metric_values(case: Case, cfg: ObjectiveConfig) -> dict[str, float]:
     sums = MetricSums()
     sums.add(build_objective(cfg)(inputs_of(case, cfg), token_weights(case, cfg))[1])
+    return sums.finalize()
+
+
+def shares(outputs: LossOutputs) -> dict[str, float]:
+    """The metrics of a loss, as they are reported."""
+    sums = MetricSums()
+    sums.add(outputs.metrics)
     return sums.finalize()

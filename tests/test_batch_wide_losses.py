@@ -21,12 +21,12 @@ from tests.batch_wide_cases import (
     evaluate,
     flat,
     make_answers,
-    metrics_of,
     mini_batch_inputs,
     on_ranks,
     statistics,
     with_statistics,
 )
+from tests.objective_cases import shares
 from tests.plain_batch_losses import PLAIN_BATCH_LOSSES, Answer, bapo_bounds
 
 # --- each against its definition ------------------------------------------------------------------
@@ -66,7 +66,7 @@ def test_value_and_gradient_are_those_of_the_definition(
 
 def test_the_answers_reach_every_bound() -> None:
     """Otherwise the comparisons above would prove less than they seem to."""
-    found = {name: metrics_of(evaluate(name, make_answers(0.5), **SETTINGS["narrow"])[2]) for name in NAMES}
+    found = {name: shares(evaluate(name, make_answers(0.5), **SETTINGS["narrow"])[2]) for name in NAMES}
     assert found["clip_cov"]["covariance_share"] == pytest.approx(0.1, abs=0.01)
     assert found["kl_cov"]["covariance_share"] == pytest.approx(0.15, abs=0.01)
     assert found["bapo"]["bapo_low"] == pytest.approx(0.7) and 1.3 < found["bapo"]["bapo_high"] < 3.9
@@ -87,7 +87,7 @@ def test_at_the_old_policy_the_gradient_is_the_policy_gradient(name: str, settin
         assert is_drawn.any()
         expected = torch.where(is_drawn, 0.0, expected)
     torch.testing.assert_close(slopes, expected, rtol=1e-13, atol=0)
-    found = metrics_of(outputs)
+    found = shares(outputs)
     assert not any(value for key, value in found.items() if "fraction" in key)
     assert found.get("ess", 1.0) == 1.0
 
@@ -161,7 +161,7 @@ def test_extreme_ratios_and_probabilities_stay_finite(name: str, dtype: torch.dt
     total = outputs.loss if outputs.unweighted is None else outputs.loss + outputs.unweighted
     (slopes,) = torch.autograd.grad(total.sum(), inputs.log_probs)
     assert total.isfinite().all() and slopes.isfinite().all() and total.dtype == dtype
-    assert all(math.isfinite(value) for value in metrics_of(outputs).values())
+    assert all(math.isfinite(value) for value in shares(outputs).values())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -221,7 +221,7 @@ def test_clip_cov_that_draws_nothing_is_ppo() -> None:
     bounds = {"clip_low": 0.2, "clip_high": 0.28}
     found = evaluate("clip_cov", answers, clip_cov={"share": 0.0, **bounds}, dual_clip=3.0)
     assert_same(found, evaluate("vanilla", answers, **bounds, dual_clip=3.0))
-    assert metrics_of(found[2])["covariance_share"] == 0
+    assert shares(found[2])["covariance_share"] == 0
 
 
 def test_kl_cov_without_its_term_is_the_ratio_without_a_clip() -> None:
@@ -292,7 +292,7 @@ def test_dmpo_draws_a_group_towards_its_target_alone() -> None:
         for a, slope in zip(matched, slopes, strict=True)
     ]
     before, after = (
-        metrics_of(evaluate("dmpo", batch, dmpo={"temperature": 1.0})[2])["dmpo_distance"]
+        shares(evaluate("dmpo", batch, dmpo={"temperature": 1.0})[2])["dmpo_distance"]
         for batch in (matched, moved)
     )
     assert after < before

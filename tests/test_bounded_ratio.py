@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from apo_megatron.config import ObjectiveConfig
-from apo_megatron.objectives import POLICY_LOSSES, LossInputs, LossOutputs, MetricSums, build_objective
+from apo_megatron.objectives import POLICY_LOSSES, LossInputs, LossOutputs, build_objective
 from apo_megatron.objectives.target_advantages import median_normalized_rewards
+from tests.objective_cases import shares
 from tests.plain_bounded_ratio import plain_gbpo
 from tests.test_policy_losses import inputs_of, tokens
 
@@ -110,12 +111,10 @@ def test_extremes_stay_finite_and_no_token_has_no_loss(dtype: torch.dtype) -> No
 def test_its_metric_is_the_distance_to_the_targets() -> None:
     inputs = with_targets(tokens(0.5))
     found, _, outputs = evaluate(inputs, {})
-    sums = MetricSums()
-    sums.add(outputs.metrics)
     expected = found[inputs.advantages != 0] / inputs.advantages[inputs.advantages != 0].abs()
     measured = torch.where(inputs.advantages == 0, 0.0, outputs.metrics["target_distance"].values)
     torch.testing.assert_close(measured[inputs.advantages != 0], expected)
-    assert sums.finalize().keys() == {"target_distance"}
+    assert shares(outputs).keys() == {"target_distance"}
 
 
 def test_the_need_is_declared() -> None:

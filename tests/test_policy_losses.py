@@ -20,9 +20,9 @@ from apo_megatron.objectives import (
     POLICY_LOSSES,
     LossInputs,
     LossOutputs,
-    MetricSums,
     build_objective,
 )
+from tests.objective_cases import shares
 from tests.plain_batch_losses import PLAIN_BATCH_LOSSES
 from tests.plain_losses import PLAIN_LOSSES, plain_loss
 from tests.plain_sequence_losses import PLAIN_SEQUENCE_LOSSES
@@ -80,12 +80,6 @@ def evaluate(name: str, inputs: LossInputs, **settings: Any) -> tuple[Tensor, Te
     outputs = POLICY_LOSSES[name].function(inputs, config_of(name, settings))
     (slopes,) = torch.autograd.grad(outputs.loss.sum(), inputs.log_probs)
     return outputs.loss.detach(), slopes, outputs
-
-
-def shares(outputs: LossOutputs) -> dict[str, float]:
-    sums = MetricSums()
-    sums.add(outputs.metrics)
-    return sums.finalize()
 
 
 # --- each against its definition ------------------------------------------------------------------

@@ -18,8 +18,9 @@ from apo_megatron.objectives.sequences import (
     sequence_mean,
     sequence_sum,
 )
+from tests.objective_cases import shares
 from tests.plain_sequence_losses import PLAIN_SEQUENCE_LOSSES, plain_sequence_loss
-from tests.test_policy_losses import config_of, evaluate, shares
+from tests.test_policy_losses import config_of, evaluate
 
 NAMES = tuple(PLAIN_SEQUENCE_LOSSES)
 LENGTHS = (1, 7, 30, 2, 1, 64, 5, 16, 3, 3, 11, 40)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from apo_megatron.config import ObjectiveConfig
-from apo_megatron.objectives import POLICY_LOSSES, LossInputs, LossOutputs, MetricSums, build_objective
+from apo_megatron.objectives import POLICY_LOSSES, LossInputs, LossOutputs, build_objective
 from apo_megatron.objectives.sequences import WholeSequences, sequence_quantile
+from tests.objective_cases import shares
 from tests.plain_top_tokens import TOP_TOKEN_LOSSES, Answer
 
 NAMES = tuple(TOP_TOKEN_LOSSES)
@@ -100,12 +101,6 @@ def leaf_gradients(loss: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor, Te
     leaves = inputs.log_probs, inputs.policy_topk_log_probs, inputs.log_probs_at_reference_topk
     found = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)  # type: ignore[arg-type]
     return found[0], found[1], found[2]
-
-
-def shares(outputs: LossOutputs) -> dict[str, float]:
-    sums = MetricSums()
-    sums.add(outputs.metrics)
-    return sums.finalize()
 
 
 # --- each against its definition ------------------------------------------------------------------
