@@ -49,8 +49,7 @@ def group_normalized_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     std is the unbiased one (divisor n - 1, torch's default), as in most trainers.
     """
     centered, num_judged = centered_rewards(rewards)
-    variance = centered.square().sum(dim=1, keepdim=True) / (num_judged - 1).clamp(min=1)
-    return centered / (variance.sqrt() + eps)
+    return centered / (group_std(centered, num_judged) + eps)
 
 
 def dr_grpo_advantages(rewards: Tensor) -> Tensor:
@@ -114,3 +113,8 @@ def centered_rewards(rewards: Tensor) -> tuple[Tensor, Tensor]:
     mean = torch.where(is_judged, rewards, 0.0).sum(dim=1, keepdim=True) / num_judged.clamp(min=1)
     is_trained = mixed_groups(rewards).unsqueeze(1) & is_judged
     return torch.where(is_trained, rewards - mean, 0.0), num_judged
+
+
+def group_std(centered: Tensor, num_judged: Tensor) -> Tensor:
+    """The unbiased std of each group, [P, 1], of what ``centered_rewards`` gives; 0 of fewer than two."""
+    return (centered.square().sum(dim=1, keepdim=True) / (num_judged - 1).clamp(min=1)).sqrt()

@@ -10,7 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apo_megatron.objectives.advantages import centered_rewards, group_normalized_advantages, mixed_groups
+from apo_megatron.objectives.advantages import (
+    centered_rewards,
+    group_normalized_advantages,
+    group_std,
+    mixed_groups,
+)
 
 
 def gdpo_advantages(terms: Tensor, weights: Tensor, eps: float = 1e-6) -> Tensor:
@@ -37,8 +42,8 @@ def dvao_advantages(terms: Tensor, weights: Tensor, eps: float = 1e-6) -> Tensor
     for term in _by_term(terms):
         of_term, num_judged = centered_rewards(term)
         centered.append(of_term)
-        stds.append((of_term.square().sum(dim=1) / (num_judged.squeeze(1) - 1).clamp(min=1)).sqrt())
-    scale = torch.stack(stds, dim=-1) @ weights.double().abs()
+        stds.append(group_std(of_term, num_judged))
+    scale = torch.cat(stds, dim=1) @ weights.double().abs()
     return (_weighted_sum(centered, weights) / (scale.unsqueeze(1) + eps)).to(terms.dtype)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apo_megatron.objectives.advantages import centered_rewards
+from apo_megatron.objectives.advantages import centered_rewards, group_std
 
 
 def median_normalized_rewards(rewards: Tensor, eps: float = 1e-6) -> Tensor:
@@ -16,5 +16,5 @@ def median_normalized_rewards(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     """
     centered, num_judged = centered_rewards(rewards)
     median = torch.where(rewards.isnan(), torch.nan, centered).nanquantile(0.5, dim=1, keepdim=True)
-    variance = centered.square().sum(dim=1, keepdim=True) / (num_judged - 1).clamp(min=1)
-    return torch.where(rewards.isnan(), 0.0, centered - median) / (variance.sqrt() + eps)
+    deviation = torch.where(rewards.isnan(), 0.0, centered - median)
+    return deviation / (group_std(centered, num_judged) + eps)
