@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from apo_megatron.config.schema import ModelConfig, ParallelConfig
+from apo_megatron.config.model import ModelConfig
+from apo_megatron.config.parallel import ParallelConfig
 from apo_megatron.errors import ConfigError
 from apo_megatron.models.build import build_policy_model
 from apo_megatron.models.hf_config import read_architecture

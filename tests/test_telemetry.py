@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 
 from apo_megatron.config.describe import section_of
-from apo_megatron.config.schema import LoggingConfig, RLConfig, SFTConfig
+from apo_megatron.config.schema import RLConfig, SFTConfig
+from apo_megatron.config.training import LoggingConfig
 from apo_megatron.errors import CheckpointError, ConfigError, DataError, RunInterrupted, WeightMappingError
 from apo_megatron.telemetry import command, plots, progress
 from apo_megatron.telemetry.command import parse_command_line, run_command

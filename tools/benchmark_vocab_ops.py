@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from apo_megatron.config.schema import ParallelConfig
+from apo_megatron.config.parallel import ParallelConfig
 from apo_megatron.parallel.state import init_parallel
 from tools.measurement import CLOCKS, DTYPES, MIB, add_clock_option, measure_in_turn, run_ranks
 from tools.memory_curve import CURVE_LENGTHS, curve_table, draw_curve, measure_curve

@@ -30,7 +30,8 @@ from apo_megatron.actor.micro_batches import MicroBatchSize, split_into_micro_ba
 from apo_megatron.actor.offload import TrainingStateOffload
 from apo_megatron.actor.optimizer import build_optimizer, build_scheduler
 from apo_megatron.actor.snapshot import AveragedWeights, WeightSnapshot
-from apo_megatron.config.schema import ModelConfig, OptimizerConfig
+from apo_megatron.config.model import ModelConfig
+from apo_megatron.config.training import OptimizerConfig
 from apo_megatron.data.collate import make_scoring_batch
 from apo_megatron.models.build import build_policy_model
 from apo_megatron.models.hf_config import read_architecture

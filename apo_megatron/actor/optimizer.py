@@ -14,7 +14,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from apo_megatron.config.schema import OptimizerConfig
+from apo_megatron.config.training import OptimizerConfig
 
 
 def build_optimizer(

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from apo_megatron.config.benchmarks import BenchmarkConfig
 from apo_megatron.config.evaluation import GenerationsConfig, MeasurementConfig
+from apo_megatron.config.model import ModelConfig
+from apo_megatron.config.reward import VerifierConfig
 from apo_megatron.config.rollout import RolloutConfig
-from apo_megatron.config.schema import ModelConfig, VerifierConfig
 from apo_megatron.config.section import FrozenList, Section, rule
 
 

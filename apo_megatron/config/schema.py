@@ -1,16 +1,11 @@
-"""Every setting, typed, documented once. Frozen: a run never changes its configuration.
+"""The configuration of a training run: its sections, and the rules that span them. Frozen: no run changes it.
 
-Defaults < YAML < ``section.field=value`` overrides (see ``loader.py``). Rules that span fields are the
-methods marked ``@rule``. The larger sections have files of their own beside this one. docs/configuration.md
-is generated from all of them.
+Defaults < YAML < ``section.field=value`` overrides (see ``loader.py``). Rules are the methods marked
+``@rule``. Each section is in a file of its own beside this one, typed and documented once;
+docs/configuration.md is generated from them.
 """
 
 from __future__ import annotations
-
-import re
-from typing import Annotated, Literal
-
-from pydantic import Field
 
 from apo_megatron.config.advantages import (
     BEYOND_GROUP,
@@ -20,277 +15,20 @@ from apo_megatron.config.advantages import (
 )
 from apo_megatron.config.data import DataConfig, SupervisedDataConfig
 from apo_megatron.config.evaluation import EvaluationConfig
+from apo_megatron.config.model import ModelConfig
 from apo_megatron.config.objective import ObjectiveConfig
+from apo_megatron.config.parallel import ParallelConfig, token_multiple
 from apo_megatron.config.policy_losses import WHOLE_GROUPS
+from apo_megatron.config.reward import RewardConfig
 from apo_megatron.config.rollout import RolloutConfig
-from apo_megatron.config.section import (
-    FrozenList,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-    rule,
+from apo_megatron.config.section import Section, rule
+from apo_megatron.config.training import (
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    SupervisedTrainConfig,
+    TrainConfig,
 )
-
-
-class ModelConfig(Section):
-    """The policy: architecture, tokenizer and initial weights."""
-
-    hf_path: str = Field(description="Directory (or hub id) with config.json, safetensors and tokenizer.")
-    megatron_path: str | None = Field(
-        None, description="Converted checkpoint to take the weights from; hf_path then gives the rest."
-    )
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Parameter and compute dtype.")
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
-        "auto", description="Layer implementation; auto takes TransformerEngine on a GPU that has it."
-    )
-    recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="Activations recomputed in backward: attention core, or whole layers."
-    )
-    make_vocab_size_divisible_by: PositiveInt = Field(
-        128, description="The vocabulary is padded to a multiple of this times tensor_parallel_size."
-    )
-    max_logits_mib: NonNegativeInt = Field(
-        1024,
-        description="Logits of a micro-batch that would take more than this on a rank are never made: the LM "
-        "head and the loss become one operation, which is slower; 0 = always.",
-    )
-
-
-class ParallelConfig(Section):
-    """How the ranks of one torchrun job are divided. Data parallel size is what remains."""
-
-    tensor_parallel_size: PositiveInt = Field(1, description="TP: ranks that share every layer.")
-    pipeline_parallel_size: PositiveInt = Field(1, description="PP: stages that share the layers.")
-    virtual_pipeline_parallel_size: PositiveInt | None = Field(
-        None, description="VPP: model chunks per stage (interleaved schedule); needs PP > 1."
-    )
-    context_parallel_size: PositiveInt = Field(1, description="CP: ranks that share one sequence.")
-    expert_parallel_size: PositiveInt = Field(1, description="EP: ranks that divide the experts.")
-    expert_tensor_parallel_size: PositiveInt = Field(1, description="ETP: ranks that share every expert.")
-    sequence_parallel: bool = Field(False, description="SP: shard norms and dropout over TP; needs TP > 1.")
-    distributed_optimizer: bool = Field(True, description="Shard the optimizer state over data parallel.")
-    overlap_grad_reduce: bool = Field(
-        False, description="Reduce gradients over data parallel while the last backward goes on."
-    )
-    overlap_param_gather: bool = Field(
-        False,
-        description="Gather updated weights while the next forward goes on; needs distributed_optimizer and "
-        "overlap_grad_reduce.",
-    )
-    timeout_minutes: PositiveFloat = Field(30.0, description="Time-out of a collective.")
-    stall_minutes: NonNegativeFloat | None = Field(
-        None,
-        description="A training run in which no rank makes progress for so long says which rank is behind, "
-        "and ends; null = two thirds of timeout_minutes, 0: it waits for the time-out.",
-    )
-
-    @property
-    def patience_minutes(self) -> float:
-        """``stall_minutes``, or what its default stands for."""
-        return 2 / 3 * self.timeout_minutes if self.stall_minutes is None else self.stall_minutes
-
-    @rule
-    def stalls_end_before_timeout(self) -> str | None:
-        """`stall_minutes` is less than `timeout_minutes`: a time-out says nothing about the other ranks."""
-        if self.stall_minutes is not None and self.stall_minutes >= self.timeout_minutes:
-            return (
-                f"stall_minutes={self.stall_minutes:g} must be less than timeout_minutes="
-                f"{self.timeout_minutes:g}, or the time-out comes first: lower stall_minutes (0 = off) or "
-                "raise timeout_minutes"
-            )
-        return None
-
-    @rule
-    def sequence_parallel_needs_tensor_parallel(self) -> str | None:
-        """`sequence_parallel` needs `tensor_parallel_size` > 1: it shards over the tensor axis."""
-        if self.sequence_parallel and self.tensor_parallel_size == 1:
-            return (
-                "sequence_parallel=true needs tensor_parallel_size > 1, found 1: "
-                "set sequence_parallel=false or raise tensor_parallel_size"
-            )
-        return None
-
-    @rule
-    def param_gather_overlaps_with_both(self) -> str | None:
-        """`overlap_param_gather` needs `distributed_optimizer` and `overlap_grad_reduce`."""
-        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
-            found = f"{self.distributed_optimizer} and {self.overlap_grad_reduce}".lower()
-            return (
-                "overlap_param_gather=true needs distributed_optimizer=true and overlap_grad_reduce=true, "
-                f"found {found}: set both to true, or overlap_param_gather=false"
-            )
-        return None
-
-    @rule
-    def virtual_pipeline_needs_pipeline(self) -> str | None:
-        """`virtual_pipeline_parallel_size` > 1 needs `pipeline_parallel_size` > 1."""
-        if self.virtual_pipeline_parallel_size not in (None, 1) and self.pipeline_parallel_size == 1:
-            return (
-                f"virtual_pipeline_parallel_size={self.virtual_pipeline_parallel_size} needs "
-                "pipeline_parallel_size > 1, found 1: set it to null or raise pipeline_parallel_size"
-            )
-        return None
-
-
-class RewardTerm(Section):
-    """One of several rewards."""
-
-    name: str = Field(description="As reward.name.")
-    weight: float = Field(1.0, description="What its reward is multiplied by.")
-
-
-class VerifierConfig(Section):
-    """How rewards run that need processes of their own."""
-
-    num_workers: PositiveInt = Field(
-        2, description="Processes per rank that verify (math_verify, format) and can be killed."
-    )
-    timeout: PositiveFloat = Field(
-        5.0, description="Seconds for one answer in a worker; a later one is not judged, and counted."
-    )
-
-
-class RewardConfig(VerifierConfig):
-    """What makes an answer right."""
-
-    name: str = Field(
-        "countdown",
-        description="countdown, exact_match, format, math_verify, multiple_choice, or a function of your own "
-        "as package.module:function (docs/rewards.md).",
-    )
-    rewards: FrozenList[RewardTerm] = Field(
-        (), description="Several rewards instead of name, each with name and weight; they are added up."
-    )
-    answer_field: str = Field("answer", description="Column with the gold answer.")
-    format_pattern: str | None = Field(
-        None, description="Regular expression that must match a whole answer, for the format reward."
-    )
-    overlong_buffer: NonNegativeInt = Field(
-        0, description="Soft overlong punishment in the last so many tokens of max_new_tokens; 0 = none."
-    )
-    overlong_penalty: PositiveFloat = Field(1.0, description="What the longest answer loses by it (DAPO).")
-
-    @rule
-    def format_needs_a_pattern(self) -> str | None:
-        """The format reward needs `format_pattern`, a regular expression."""
-        names = [term.name for term in self.rewards] or [self.name]
-        if self.format_pattern is None:
-            return "format_pattern=null: the format reward needs one" if "format" in names else None
-        try:
-            re.compile(self.format_pattern)
-        except re.error as error:
-            return f"format_pattern={self.format_pattern!r} is no regular expression: {error}"
-        return None
-
-
-class OptimizerConfig(Section):
-    """AdamW with Megatron's parameter scheduler; no weight decay on norms and biases."""
-
-    lr: PositiveFloat = Field(1e-6, description="Peak learning rate.")
-    min_lr: NonNegativeFloat = Field(0.0, description="Where the decay ends.")
-    lr_decay_style: Literal["constant", "linear", "cosine"] = Field("constant", description="After warm-up.")
-    lr_warmup_steps: NonNegativeInt = Field(0, description="Updates of linear warm-up.")
-    weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay.")
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Adam beta 1.")
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="Adam beta 2.")
-    adam_eps: PositiveFloat = Field(1e-8, description="Adam epsilon.")
-    clip_grad: NonNegativeFloat = Field(1.0, description="Global gradient norm; 0 = no clipping.")
-    offload: bool = Field(
-        False, description="Keep the optimizer's state in host memory while gradients are computed."
-    )
-
-    @rule
-    def min_lr_is_not_above_lr(self) -> str | None:
-        """`min_lr` must not be above `lr`."""
-        if self.min_lr > self.lr:
-            return f"min_lr={self.min_lr} is above lr={self.lr}: lower min_lr"
-        return None
-
-
-class TrainConfig(Section):
-    """The loop."""
-
-    run_dir: str = Field(description="Directory of this run: config, metrics, checkpoints, pictures.")
-    num_steps: PositiveInt = Field(description="Rollout-and-train steps.")
-    num_mini_batches: PositiveInt = Field(1, description="Optimizer updates per step.")
-    micro_batch_size: PositiveInt = Field(
-        1, description="Sequences of one forward/backward on one rank, padded to the longest of the pass."
-    )
-    max_tokens_per_micro_batch: PositiveInt | None = Field(
-        None,
-        description="Pack sequences up to so many tokens into one forward/backward, without padding, instead "
-        "of micro_batch_size; its context_parallel_size ranks share them.",
-    )
-    seed: NonNegativeInt = Field(0, description="Seed of data order, sampling and initialisation.")
-    max_skipped_updates: PositiveInt = Field(
-        3, description="Non-finite updates in a row that stop the run (its state is saved)."
-    )
-    save_rollouts: NonNegativeInt = Field(
-        1, description="Write the samples of every so many steps into run_dir/rollouts; 0 = never."
-    )
-    keep_rollouts: NonNegativeInt = Field(
-        0, description="Keep the samples of so many of the newest steps; 0 = all."
-    )
-
-
-class SupervisedTrainConfig(Section):
-    """The supervised loop."""
-
-    run_dir: str = Field(description="Directory of this run.")
-    num_steps: PositiveInt = Field(description="Optimizer updates.")
-    batch_size: PositiveInt = Field(256, description="Examples of one update, over all ranks.")
-    micro_batch_size: PositiveInt = Field(
-        1, description="Sequences of one forward/backward on one rank, padded to the longest of the pass."
-    )
-    max_tokens_per_micro_batch: PositiveInt | None = Field(
-        None,
-        description="Pack sequences up to so many tokens into one forward/backward, without padding, instead "
-        "of micro_batch_size; its context_parallel_size ranks share them.",
-    )
-    seed: NonNegativeInt = Field(0, description="Seed of the data order.")
-    max_skipped_updates: PositiveInt = Field(3, description="Non-finite updates in a row that stop the run.")
-
-
-class CheckpointConfig(Section):
-    """Training checkpoints under run_dir/checkpoints and the final Hugging Face export."""
-
-    interval: NonNegativeInt = Field(0, description="Save every so many steps; 0 = never.")
-    save_final: bool = Field(False, description="Save when the run ends, also where interval does not.")
-    async_save: bool = Field(True, description="Write files while training goes on; needs a copy in memory.")
-    keep_last: NonNegativeInt = Field(0, description="Keep so many of the newest checkpoints; 0 = all.")
-    keep_best: NonNegativeInt = Field(0, description="Keep so many with the highest best_metric, too.")
-    best_metric: str | None = Field(None, description="Metric of keep_best, such as eval/pass_at_8.")
-    resume: Literal["auto", "never"] = Field(
-        "never", description="auto: go on from the latest checkpoint (--resume auto)."
-    )
-    export_hf: bool = Field(True, description="Write run_dir/hf (safetensors, config, tokenizer) at the end.")
-    export_hf_interval: NonNegativeInt = Field(
-        0, description="Write run_dir/hf_step_XXXXXX every so many steps, during the next rollout; 0 = never."
-    )
-
-    @rule
-    def best_checkpoints_need_a_metric(self) -> str | None:
-        """`keep_best` > 0 needs `best_metric`, and `keep_last` > 0: without it all are kept anyway."""
-        if self.keep_best and self.best_metric is None:
-            return f"keep_best={self.keep_best} without best_metric: name one, such as eval/pass_at_8"
-        if self.keep_best and not self.keep_last:
-            return (
-                f"keep_best={self.keep_best} with keep_last=0, which keeps every checkpoint: set keep_last "
-                "to at least 1, or keep_best=0"
-            )
-        return None
-
-
-class LoggingConfig(Section):
-    """Where metrics go beside the terminal and metrics.jsonl, and what is made of them."""
-
-    tensorboard: bool = Field(True, description="Write TensorBoard events into run_dir/tensorboard.")
-    wandb_project: str | None = Field(None, description="Weights & Biases project; null = off.")
-    report: bool = Field(
-        True, description="Draw training_curves.png and write report.html when the run ends (seconds)."
-    )
 
 
 def _warmup_problem(optimizer: OptimizerConfig, num_updates: int) -> str | None:
@@ -300,16 +38,6 @@ def _warmup_problem(optimizer: OptimizerConfig, num_updates: int) -> str | None:
         f"optimizer.lr_warmup_steps={optimizer.lr_warmup_steps} must be fewer than the {num_updates} updates "
         "of the run: the learning rate would never reach optimizer.lr"
     )
-
-
-def sequence_multiple(context: int) -> int:
-    """What the tokens of a sequence must be a multiple of: context ranks have two equal chunks."""
-    return 2 * context if context > 1 else 1
-
-
-def token_multiple(tensor: int, context: int, sequence_parallel: bool) -> int:
-    """What the tokens of a micro-batch must be a multiple of, for its ranks to have equally many."""
-    return sequence_multiple(context) * (tensor if sequence_parallel else 1)
 
 
 def _packing_problem(

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from apo_megatron.config.benchmarks import AnswerExtraction, BenchmarkConfig
 from apo_megatron.config.data import PromptFormat
-from apo_megatron.config.schema import RewardConfig
+from apo_megatron.config.reward import RewardConfig
 from apo_megatron.data.chat import check_chat_template
 from apo_megatron.data.prompts import PromptRow, encode_rows, read_unique_rows
 from apo_megatron.data.rows import describe

@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel.utils import (
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from apo_megatron.config.schema import ModelConfig
+from apo_megatron.config.model import ModelConfig
 from apo_megatron.errors import ConfigError
 from apo_megatron.models.layout import padded_vocab_size
 from apo_megatron.models.local_modules import use_local_modules

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from apo_megatron.config.schema import ModelConfig
+from apo_megatron.config.model import ModelConfig
 from apo_megatron.models.expert_config import expert_settings
 from apo_megatron.models.layout import check_layout
 from apo_megatron.parallel.dims import ParallelDims

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from apo_megatron.config.schema import ParallelConfig, sequence_multiple, token_multiple
+from apo_megatron.config.parallel import ParallelConfig, sequence_multiple, token_multiple
 from apo_megatron.errors import ConfigError
 
 

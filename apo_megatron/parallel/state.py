@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from apo_megatron.config.schema import ParallelConfig
+from apo_megatron.config.parallel import ParallelConfig
 from apo_megatron.errors import ConfigError
 from apo_megatron.parallel import collective_log, cpu
 from apo_megatron.parallel.dims import ParallelDims

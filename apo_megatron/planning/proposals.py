@@ -13,7 +13,8 @@ from itertools import product
 
 from pydantic import ValidationError
 
-from apo_megatron.config.schema import ParallelConfig, RLConfig
+from apo_megatron.config.parallel import ParallelConfig
+from apo_megatron.config.schema import RLConfig
 from apo_megatron.errors import ConfigError
 from apo_megatron.planning.activations import Recompute
 from apo_megatron.planning.plan import Plan, Setting, make_plan

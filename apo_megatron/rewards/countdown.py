@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from apo_megatron.config.schema import RewardConfig
+from apo_megatron.config.reward import RewardConfig
 from apo_megatron.errors import DataError
 from apo_megatron.rewards.judging import wrong_answer
 from apo_megatron.types import Completion, Prompt

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 
-from apo_megatron.config.schema import RewardConfig
+from apo_megatron.config.reward import RewardConfig
 from apo_megatron.errors import ConfigError
 from apo_megatron.rewards.judging import judged_rewards
 from apo_megatron.rewards.workers import WorkerPool

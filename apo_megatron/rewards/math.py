@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
-from apo_megatron.config.schema import RewardConfig
+from apo_megatron.config.reward import RewardConfig
 from apo_megatron.rewards.answers import final_answer, plain_answer
 from apo_megatron.rewards.equivalence import is_equivalent
 from apo_megatron.rewards.judging import Judge, gold_answer, judged_rewards, voted_answers

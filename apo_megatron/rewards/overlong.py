@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from apo_megatron.config.schema import RewardConfig
+from apo_megatron.config.reward import RewardConfig
 
 
 def shaped_rewards(rewards: Tensor, lengths: Tensor, cfg: RewardConfig, max_new_tokens: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from apo_megatron.config.schema import RewardConfig, RewardTerm
+from apo_megatron.config.reward import RewardConfig, RewardTerm
 from apo_megatron.errors import ConfigError
 from apo_megatron.rewards.countdown import CountdownReward
 from apo_megatron.rewards.format import FormatReward

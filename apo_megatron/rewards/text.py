@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from apo_megatron.config.schema import RewardConfig
+from apo_megatron.config.reward import RewardConfig
 from apo_megatron.errors import DataError
 from apo_megatron.rewards.answers import MAX_TEXT, boxed_answer
 from apo_megatron.rewards.judging import gold_answer, judged_rewards, voted_answers

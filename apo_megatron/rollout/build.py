@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from apo_megatron.config.schema import ModelConfig, RolloutConfig
+from apo_megatron.config.model import ModelConfig
+from apo_megatron.config.rollout import RolloutConfig
 from apo_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 from apo_megatron.errors import CheckpointError, RolloutError
 from apo_megatron.models.transformer_config import TORCH_DTYPES

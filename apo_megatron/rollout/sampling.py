@@ -11,7 +11,7 @@ import hashlib
 import numpy as np
 import torch
 
-from apo_megatron.config.schema import RolloutConfig
+from apo_megatron.config.rollout import RolloutConfig
 from apo_megatron.rollout.engine import SamplingParams
 
 

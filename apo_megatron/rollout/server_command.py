@@ -8,8 +8,8 @@ import shutil
 import socket
 from pathlib import Path
 
+from apo_megatron.config.model import ModelConfig
 from apo_megatron.config.rollout import SGLangConfig
-from apo_megatron.config.schema import ModelConfig
 from apo_megatron.errors import ConfigError
 from apo_megatron.parallel.server_devices import without_trainer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from apo_megatron.config.schema import TrainConfig
+from apo_megatron.config.training import TrainConfig
 from apo_megatron.data.collate import Batch, trained_samples
 from apo_megatron.parallel.collectives import all_gather_objects
 from apo_megatron.parallel.state import ParallelContext

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from apo_megatron.config.schema import LoggingConfig
+from apo_megatron.config.training import LoggingConfig
 from apo_megatron.errors import ConfigError, DataError
 from apo_megatron.files import write_atomically
 

@@ -10,7 +10,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from apo_megatron.config.schema import ModelConfig, ParallelConfig
+from apo_megatron.config.model import ModelConfig
+from apo_megatron.config.parallel import ParallelConfig
 from apo_megatron.models.build import build_policy_model
 from apo_megatron.models.hf_config import read_architecture
 from apo_megatron.models.policy_model import PolicyModel
