@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from apo_megatron.actor.batch_statistics import loss_statistics
+from apo_megatron.actor.data_parallel import data_parallel_chunks
 from apo_megatron.actor.forward_step import (
     Progress,
     TokenFunction,
@@ -30,16 +26,15 @@ from apo_megatron.actor.micro_batches import MicroBatchSize, split_into_micro_ba
 from apo_megatron.actor.offload import TrainingStateOffload
 from apo_megatron.actor.optimizer import build_optimizer, build_scheduler
 from apo_megatron.actor.snapshot import AveragedWeights, WeightSnapshot
+from apo_megatron.actor.token_fields import at_tokens, reference_fields, reference_metrics
 from apo_megatron.config.model import ModelConfig
 from apo_megatron.config.training import OptimizerConfig
 from apo_megatron.data.collate import make_scoring_batch
 from apo_megatron.models.build import build_policy_model
 from apo_megatron.models.hf_config import read_architecture
-from apo_megatron.models.policy_model import PolicyModel
 from apo_megatron.models.transformer_config import TORCH_DTYPES
 from apo_megatron.objectives.diagnostics import MetricSums
 from apo_megatron.objectives.interface import TokenMetric
-from apo_megatron.objectives.kl import kl_k3
 from apo_megatron.objectives.mismatch import mismatch_metrics
 from apo_megatron.objectives.objective import Objective
 from apo_megatron.objectives.sequences import WholeSequences
@@ -52,7 +47,6 @@ from apo_megatron.parallel.collectives import (
     sum_over_data_and_context_parallel,
     sum_over_data_parallel,
 )
-from apo_megatron.parallel.dims import ParallelDims
 from apo_megatron.parallel.state import ParallelContext
 from apo_megatron.parallel.vocab import VocabShard
 from apo_megatron.types import PaddedSequences
@@ -88,7 +82,7 @@ class MegatronActor:
         else:
             load_megatron_weights(models, self.architecture, model_cfg.megatron_path, parallel)
         self.config = models[0].config
-        self.model_chunks = _data_parallel_chunks(models, parallel.dims)
+        self.model_chunks = data_parallel_chunks(models, parallel.dims)
         self._optimizer = build_optimizer(
             optimizer_cfg, self.model_chunks, dtype, parallel.dims.distributed_optimizer
         )
@@ -139,7 +133,7 @@ class MegatronActor:
     def snapshot(self) -> WeightSnapshot:
         """A host copy of this rank's weights as they are now."""
         self.complete_weights()
-        return WeightSnapshot(p for chunk in self.model_chunks for p in chunk.parameters())
+        return WeightSnapshot(self._parameters())
 
     def start_average(self, decay: float) -> AveragedWeights:
         """A moving average of the weights, which starts from them as they are now.
@@ -147,8 +141,7 @@ class MegatronActor:
         From here on it is part of the actor's checkpoints.
         """
         self.complete_weights()
-        parameters = (p for chunk in self.model_chunks for p in chunk.parameters())
-        self.averaged_weights = AveragedWeights(parameters, decay)
+        self.averaged_weights = AveragedWeights(self._parameters(), decay)
         return self.averaged_weights
 
     def update_average(self) -> None:
@@ -191,7 +184,11 @@ class MegatronActor:
     ) -> PaddedSequences:
         """Fill ``old_log_probs`` with the log-probs under the current weights (on the last stage)."""
         self._old_log_probs_are_current = True
-        return self._with_log_probs(sequences, progress)
+        results = self._forward(sequences, self.token_terms.log_probs, progress)
+        if not results:
+            return sequences
+        found = at_tokens(results["log_probs"], sequences.loss_mask, fill=0.0)
+        return sequences.with_fields(old_log_probs=found)
 
     def measure_mismatch(self, sequences: PaddedSequences, objective: Objective) -> dict[str, float]:
         """How far the engine that drew ``sequences`` is from the old policy, over all their trained tokens.
@@ -242,18 +239,8 @@ class MegatronActor:
         if results:
             mask = torch.zeros_like(sequences.loss_mask)
             mask[rows] = chosen.loss_mask
-            sums.add(_reference_metrics(results, chosen))
-            if objective.needs_reference_log_probs:
-                filled["reference_log_probs"] = _at_tokens(results["log_probs"], mask, fill=math.nan)
-            if objective.needs_support:
-                filled["reference_support_ids"] = _at_tokens(results["support_ids"], mask, fill=-1)
-                filled["reference_anchor_log_mass"] = _at_tokens(
-                    results["anchor_log_mass"], mask, fill=math.nan
-                )
-            if objective.needs_support_log_probs:
-                filled["reference_support_log_probs"] = _at_tokens(
-                    results["support_log_probs"], mask, fill=math.nan
-                )
+            sums.add(reference_metrics(results, chosen))
+            filled = reference_fields(results, mask, objective)
         return sequences.with_fields(**filled), self._reduce(sums, sum_over_data_parallel)
 
     def update(
@@ -324,26 +311,16 @@ class MegatronActor:
 
     def _with_statistics(self, mini_batch: PaddedSequences, objective: Objective) -> PaddedSequences:
         """With ``loss_statistics`` of the current weights, on the last stage."""
-        current = mini_batch
+        current: dict[str, Tensor] = {}
         if not self._old_log_probs_are_current:
-            current = self._with_log_probs(mini_batch)
+            current = self._forward(mini_batch, self.token_terms.log_probs, None)
         if not self.parallel.is_last_stage:
             return mini_batch
-        assert current.old_log_probs is not None
+        assert mini_batch.old_log_probs is not None
         mask = mini_batch.loss_mask
-        found = loss_statistics(mini_batch, current.old_log_probs[mask], objective, self.parallel)
-        return mini_batch.with_fields(loss_statistics=_at_tokens(found, mask, fill=0.0))
-
-    def _with_log_probs(
-        self, sequences: PaddedSequences, progress: Progress | None = None
-    ) -> PaddedSequences:
-        """With the log-probs of the current weights as ``old_log_probs``, on the last stage."""
-        results = self._forward(sequences, self.token_terms.log_probs, progress)
-        if not results:
-            return sequences
-        return sequences.with_fields(
-            old_log_probs=_at_tokens(results["log_probs"], sequences.loss_mask, fill=0.0)
-        )
+        log_probs = current.get("log_probs", mini_batch.old_log_probs[mask])
+        found = loss_statistics(mini_batch, log_probs, objective, self.parallel)
+        return mini_batch.with_fields(loss_statistics=at_tokens(found, mask, fill=0.0))
 
     def _forward(
         self, sequences: PaddedSequences, function: TokenFunction, progress: Progress | None
@@ -364,6 +341,9 @@ class MegatronActor:
             metrics = sums.finalize()
         return broadcast_from_last_stage(metrics, self.parallel)
 
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        return (p for chunk in self.model_chunks for p in chunk.parameters())
+
     def _gradients_are_finite(self) -> bool:
         # The largest magnitude needs no temporary of the size of the gradients, and NaN propagates.
         return all(
@@ -371,52 +351,3 @@ class MegatronActor:
             for chunk in self.model_chunks
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
         )
-
-
-def _data_parallel_chunks(models: Sequence[PolicyModel], dims: ParallelDims) -> list[DistributedDataParallel]:
-    """The chunks of this stage with fp32 gradient buffers, reduced over the ranks that have other tokens."""
-    cfg = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=dims.distributed_optimizer,
-        overlap_grad_reduce=dims.overlap_grad_reduce,
-        overlap_param_gather=dims.overlap_param_gather,
-    )
-    config = models[0].config
-    chunks = [
-        # Reducing the later chunks of a stage overlaps with computing the earlier ones anyway.
-        DistributedDataParallel(config, cfg, model, disable_bucketing=number > 0)
-        for number, model in enumerate(models)
-    ]
-    # The loss is already divided by the denominators of the whole mini-batch.
-    config.finalize_model_grads_func = _finalize_without_rescaling
-    if dims.overlap_grad_reduce:
-        no_sync = [chunk.no_sync for chunk in chunks]
-        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-    return chunks
-
-
-def _finalize_without_rescaling(model: list[torch.nn.Module], _num_tokens: object, **kwargs: object) -> None:
-    finalize_model_grads(model, None, **kwargs)
-
-
-def _reference_metrics(results: dict[str, Tensor], sequences: PaddedSequences) -> dict[str, TokenMetric]:
-    """What the reference pass alone can tell, on tokens with A < 0, so that nothing of it need be kept.
-
-    ``kl_old_to_reference``: k3 of KL(pi_old || pi_ref), of the policy that drew the samples.
-    """
-    mask = sequences.loss_mask
-    is_wrong = sequences.advantages[mask] < 0
-    metrics = {}
-    if sequences.old_log_probs is not None:
-        kl = kl_k3(sequences.old_log_probs[mask], results["log_probs"])
-        metrics["kl_old_to_reference"] = TokenMetric(kl, is_wrong)
-    if "coverage" in results:
-        metrics["support_coverage_reference"] = TokenMetric(results["coverage"], is_wrong)
-    return metrics
-
-
-def _at_tokens(values: Tensor, mask: Tensor, fill: float) -> Tensor:
-    """[T, ...] per-token ``values`` put where ``mask`` [B, S] is set, ``fill`` elsewhere: [B, S, ...]."""
-    result = values.new_full((*mask.shape, *values.shape[1:]), fill)
-    result[mask] = values
-    return result

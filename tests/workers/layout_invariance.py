@@ -42,7 +42,7 @@ def count_passes(payload: dict[str, Any]) -> list[int]:
 
 def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelContext) -> dict[str, Any]:
     with mock.patch(  # small buckets, so that tiny models have several
-        "apo_megatron.actor.actor.DistributedDataParallelConfig",
+        "apo_megatron.actor.data_parallel.DistributedDataParallelConfig",
         partial(DistributedDataParallelConfig, bucket_size=case.get("bucket_size")),
     ):
         actor = _actor_of(payload, case, parallel)
