@@ -48,6 +48,7 @@ TESTS = (
     "risk_advantages",
     "sample_allocations",
     "sample_filters",
+    "unread_settings",
     "visited_advantages",
     "weight_names",
     "weights",

@@ -327,6 +327,13 @@ def test_what_a_run_lacks_is_a_problem(override: str, subject: str, message: str
     assert found.subject == subject and message in found.message
 
 
+def test_settings_without_effect_are_a_warning(run_file: Path) -> None:
+    overrides = ["objective.loss_mode=cispo", "objective.clip_high=0.4"]
+    first, *others = run_config.findings_of(load_config(RLConfig, run_file, overrides), world_size=1)
+    assert first.status == "warning" and "objective.clip_high: set, but without effect" in first.message
+    assert {finding.status for finding in others} == {"ok"}
+
+
 def test_a_layout_of_several_ranks_needs_no_world_size(
     run_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ class CorrectionSpec:
 
     function: Correction
     needs: frozenset[Need] = frozenset({"rollout_log_probs"})
+    reads: frozenset[str] = frozenset()  # fields of ``objective``
 
 
 def no_correction(ratio: Tensor, cfg: ObjectiveConfig, sequences: WholeSequences | None) -> CorrectedTokens:
@@ -68,9 +69,13 @@ def seq_mask_tis(ratio: Tensor, cfg: ObjectiveConfig, sequences: WholeSequences 
 
 MISMATCH_CORRECTIONS: dict[str, CorrectionSpec] = {
     "none": CorrectionSpec(no_correction, needs=frozenset()),
-    "tis": CorrectionSpec(tis),
-    "icepop": CorrectionSpec(icepop),
-    "seq_mask_tis": CorrectionSpec(seq_mask_tis, needs=frozenset({"rollout_log_probs", "whole_sequences"})),
+    "tis": CorrectionSpec(tis, reads=frozenset({"tis_cap"})),
+    "icepop": CorrectionSpec(icepop, reads=frozenset({"icepop_low", "icepop_high"})),
+    "seq_mask_tis": CorrectionSpec(
+        seq_mask_tis,
+        needs=frozenset({"rollout_log_probs", "whole_sequences"}),
+        reads=frozenset({"seq_mask_low", "seq_mask_high"}),
+    ),
 }
 OFF_POLICY_MASK_NEEDS: frozenset[Need] = frozenset({"rollout_log_probs", "whole_sequences"})
 

@@ -37,29 +37,40 @@ class PolicyLossSpec:
     policy_topk: Callable[[ObjectiveConfig], int] | None = None  # K of the need "policy_topk"
     statistics: BatchStatistics | None = None  # of the whole mini-batch: costs a pass without gradients
     whole_groups: bool = False  # all trained samples of a prompt must lie in one mini-batch
+    reads: frozenset[str] = frozenset()  # fields of ``objective`` beside the loss's own section
 
+
+_DUAL = frozenset({"dual_clip"})
+_CLIP = _DUAL | {"clip_low", "clip_high"}
 
 POLICY_LOSSES: dict[str, PolicyLossSpec] = {
-    "apo_ratio": PolicyLossSpec(apo_ratio, needs=frozenset({"anchor"})),
-    "vanilla": PolicyLossSpec(vanilla),
+    "apo_ratio": PolicyLossSpec(
+        apo_ratio, needs=frozenset({"anchor"}), reads=_CLIP | {"apo_push_coeff", "apo_pull_coeff"}
+    ),
+    "vanilla": PolicyLossSpec(vanilla, reads=_CLIP),
     "cispo": PolicyLossSpec(cispo),
     "dispo": PolicyLossSpec(dispo),
     "sapo": PolicyLossSpec(sapo),
-    "gppo": PolicyLossSpec(gppo),
-    "dcpo_clip": PolicyLossSpec(dcpo_clip),
+    "gppo": PolicyLossSpec(gppo, reads=_CLIP),
+    "dcpo_clip": PolicyLossSpec(dcpo_clip, reads=_DUAL),
     "dppo_tv": PolicyLossSpec(dppo_tv),
-    "gspo": PolicyLossSpec(gspo, needs=frozenset({"whole_sequences"})),
+    "gspo": PolicyLossSpec(gspo, needs=frozenset({"whole_sequences"}), reads=_DUAL),
     "ctpo": PolicyLossSpec(ctpo, needs=frozenset({"whole_sequences"})),
     "vespo": PolicyLossSpec(vespo, needs=frozenset({"whole_sequences"})),
     "simko": PolicyLossSpec(
-        simko, frozenset({"policy_topk", "whole_sequences"}), policy_topk=lambda cfg: cfg.simko.topk
+        simko,
+        needs=frozenset({"policy_topk", "whole_sequences"}),
+        policy_topk=lambda cfg: cfg.simko.topk,
+        reads=_CLIP,
     ),
-    "topk_forward_kl": PolicyLossSpec(topk_forward_kl, frozenset({"reference_topk", "solve_rates"})),
-    "clip_cov": PolicyLossSpec(clip_cov, statistics=CLIP_COV_TOKENS),
+    "topk_forward_kl": PolicyLossSpec(
+        topk_forward_kl, needs=frozenset({"reference_topk", "solve_rates"}), reads=_CLIP
+    ),
+    "clip_cov": PolicyLossSpec(clip_cov, statistics=CLIP_COV_TOKENS, reads=_DUAL),
     "kl_cov": PolicyLossSpec(kl_cov, statistics=KL_COV_TOKENS),
-    "bapo": PolicyLossSpec(bapo, statistics=BAPO_BOUNDS),
+    "bapo": PolicyLossSpec(bapo, statistics=BAPO_BOUNDS, reads=_DUAL),
     "p3o": PolicyLossSpec(p3o, statistics=SAMPLE_SIZE),
-    "dmpo": PolicyLossSpec(dmpo, statistics=GROUP_DISTANCES, whole_groups=True),
+    "dmpo": PolicyLossSpec(dmpo, statistics=GROUP_DISTANCES, whole_groups=True, reads=_CLIP),
     "gbpo": PolicyLossSpec(gbpo, needs=frozenset({"target_advantages"})),
     "supervised": PolicyLossSpec(supervised, uses_rollouts=False),
 }
