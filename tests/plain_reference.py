@@ -5,6 +5,9 @@ Nothing of apo_megatron is used here; the formulas are written again from the de
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from tests.plain_batch_losses import PLAIN_BATCH_LOSSES
 from tests.plain_batch_losses import Answer as BatchAnswer
 from tests.plain_bounded_ratio import plain_gbpo
-from tests.plain_losses import plain_loss
+from tests.plain_losses import PLAIN_LOSSES, plain_loss
 from tests.plain_sequence_losses import PLAIN_SEQUENCE_LOSSES, plain_sequence_loss, plain_weights
 from tests.plain_top_tokens import TOP_TOKEN_LOSSES, Answer
 
@@ -120,6 +123,24 @@ def _token_log_probs(model: torch.nn.Module, sequence: dict[str, Any]) -> tuple[
     return torch.log_softmax(logits[start - 1 : -1], dim=-1), tokens[start:]
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """The trained tokens of one sequence, under three policies."""
+
+    all_log_probs: torch.Tensor  # [T, V], grad
+    old: torch.Tensor  # [T]
+    reference: torch.Tensor  # [T, V]; also the old policy, as the step begins at the reference
+    targets: torch.Tensor  # [T]
+    sequence: dict[str, Any]
+
+    @property
+    def log_probs(self) -> torch.Tensor:
+        return self.all_log_probs.gather(-1, self.targets[:, None])[:, 0]
+
+    def filled(self, field: str) -> torch.Tensor:
+        return torch.full_like(self.old, self.sequence[field])
+
+
 def _sequence_loss(
     model: torch.nn.Module,
     sequence: dict[str, Any],
@@ -128,35 +149,9 @@ def _sequence_loss(
     objective: dict[str, Any],
 ) -> torch.Tensor:
     all_log_probs, targets = _token_log_probs(model, sequence)
-    log_probs = all_log_probs.gather(-1, targets[:, None])[:, 0]
-    advantage = sequence["advantage"]
-    ratio = torch.exp(log_probs - old)
-    if objective["loss_mode"] == "apo_ratio" and advantage < 0:
-        top = reference.topk(objective["apo_topk"], dim=-1).indices
-        keep = top != targets[:, None]  # exclusive anchoring
-        top_probs, variants = reference.exp().gather(-1, top), objective.get("apo_variants", {})
-        if "support_mass" in variants:
-            keep &= top_probs.cumsum(-1) - top_probs < variants["support_mass"]
-        reference_mass = (top_probs * keep).sum(-1) + ~keep.any(-1)  # nothing is kept: 0 / 1
-        anchor = (all_log_probs.exp().gather(-1, top) * keep).sum(-1) / reference_mass
-        anchor = anchor.detach() if variants.get("detach_pull") else anchor
-        ratio = objective["apo_push_coeff"] * ratio - objective["apo_pull_coeff"] * anchor
-    if objective["loss_mode"] in ("apo_ratio", "vanilla"):
-        clipped = ratio.clamp(1 - objective["clip_low"], 1 + objective["clip_high"])
-        loss = torch.maximum(-advantage * ratio, -advantage * clipped)
-    elif objective["loss_mode"] in PLAIN_SEQUENCE_LOSSES:
-        loss = plain_sequence_loss(objective["loss_mode"], log_probs, old, advantage, objective)
-    elif objective["loss_mode"] in TOP_TOKEN_LOSSES:  # the old policy is the reference here
-        answer = Answer(
-            all_log_probs, reference, reference, targets, advantage, sequence.get("solve_rate", 0.0)
-        )
-        loss = TOP_TOKEN_LOSSES[objective["loss_mode"]](answer, objective)
-    elif objective["loss_mode"] == "gbpo":
-        advantages, targets = (torch.full_like(old, sequence[k]) for k in ("advantage", "target_advantage"))
-        loss = plain_gbpo(log_probs, old, advantages, targets, objective["gbpo"])
-    else:
-        advantages = torch.full_like(old, advantage)
-        loss = plain_loss(objective["loss_mode"], log_probs, old, advantages, objective)
+    tokens = _Tokens(all_log_probs, old, reference, targets, sequence)
+    advantage, log_probs = sequence["advantage"], tokens.log_probs
+    loss = _LOSSES[objective["loss_mode"]](tokens, objective)
     if "rollout" in sequence:
         weights = plain_weights(log_probs.tolist(), old.tolist(), sequence["rollout"], advantage, objective)
         loss = loss * torch.tensor(weights)
@@ -165,3 +160,58 @@ def _sequence_loss(
         difference = reference.gather(-1, targets[:, None])[:, 0] - log_probs
         loss = loss + objective["kl_loss_coeff"] * (torch.exp(difference) - difference - 1)
     return loss
+
+
+def _vanilla(tokens: _Tokens, objective: dict[str, Any]) -> torch.Tensor:
+    return _clipped(torch.exp(tokens.log_probs - tokens.old), tokens.sequence["advantage"], objective)
+
+
+def _apo_ratio(tokens: _Tokens, objective: dict[str, Any]) -> torch.Tensor:
+    if tokens.sequence["advantage"] >= 0:
+        return _vanilla(tokens, objective)
+    top = tokens.reference.topk(objective["apo_topk"], dim=-1).indices
+    keep = top != tokens.targets[:, None]  # exclusive anchoring
+    top_probs, variants = tokens.reference.exp().gather(-1, top), objective.get("apo_variants", {})
+    if "support_mass" in variants:
+        keep &= top_probs.cumsum(-1) - top_probs < variants["support_mass"]
+    reference_mass = (top_probs * keep).sum(-1) + ~keep.any(-1)  # nothing is kept: 0 / 1
+    anchor = (tokens.all_log_probs.exp().gather(-1, top) * keep).sum(-1) / reference_mass
+    anchor = anchor.detach() if variants.get("detach_pull") else anchor
+    ratio = torch.exp(tokens.log_probs - tokens.old)
+    rectified = objective["apo_push_coeff"] * ratio - objective["apo_pull_coeff"] * anchor
+    return _clipped(rectified, tokens.sequence["advantage"], objective)
+
+
+def _clipped(ratio: torch.Tensor, advantage: float, objective: dict[str, Any]) -> torch.Tensor:
+    clipped = ratio.clamp(1 - objective["clip_low"], 1 + objective["clip_high"])
+    return torch.maximum(-advantage * ratio, -advantage * clipped)
+
+
+def _gbpo(tokens: _Tokens, objective: dict[str, Any]) -> torch.Tensor:
+    advantages, targets = tokens.filled("advantage"), tokens.filled("target_advantage")
+    return plain_gbpo(tokens.log_probs, tokens.old, advantages, targets, objective["gbpo"])
+
+
+def _of_tokens(name: str, tokens: _Tokens, objective: dict[str, Any]) -> torch.Tensor:
+    return plain_loss(name, tokens.log_probs, tokens.old, tokens.filled("advantage"), objective)
+
+
+def _of_answers(name: str, tokens: _Tokens, objective: dict[str, Any]) -> torch.Tensor:
+    return plain_sequence_loss(name, tokens.log_probs, tokens.old, tokens.sequence["advantage"], objective)
+
+
+def _of_top_tokens(name: str, tokens: _Tokens, objective: dict[str, Any]) -> torch.Tensor:
+    advantage, solve_rate = tokens.sequence["advantage"], tokens.sequence.get("solve_rate", 0.0)
+    old = reference = tokens.reference
+    answer = Answer(tokens.all_log_probs, old, reference, tokens.targets, advantage, solve_rate)
+    return TOP_TOKEN_LOSSES[name](answer, objective)
+
+
+_LOSSES: dict[str, Callable[[_Tokens, dict[str, Any]], torch.Tensor]] = {
+    **{name: partial(_of_tokens, name) for name in PLAIN_LOSSES},
+    **{name: partial(_of_answers, name) for name in PLAIN_SEQUENCE_LOSSES},
+    **{name: partial(_of_top_tokens, name) for name in TOP_TOKEN_LOSSES},
+    "vanilla": _vanilla,
+    "apo_ratio": _apo_ratio,
+    "gbpo": _gbpo,
+}
