@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from apo_megatron.config import RLConfig, SFTConfig
+from apo_megatron.config.flat import default_settings, flat
 from apo_megatron.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -85,32 +86,6 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{dotted name: value}, of nested mappings."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        is_section = isinstance(value, Mapping)
-        found |= flat(value, f"{prefix}{name}.") if is_section else {f"{prefix}{name}": value}
-    return found
-
-
-def default_settings() -> dict[str, Any]:
-    """{dotted name: default} of every setting that has one, as it was before there was such a setting."""
-    return flat(_defaults(RLConfig))
-
-
-def _defaults(section: type[BaseModel]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, field in section.model_fields.items():
-        if field.is_required():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                found[name] = _defaults(field.annotation)
-            continue
-        default = field.get_default(call_default_factory=True)
-        found[name] = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
-    return as_json(found)
-
-
 def fixed_settings(cfg: RLConfig | SFTConfig, reference: str | None) -> dict[str, Any]:
     """{dotted name: value} of what cannot change when a run is resumed: model, objective, optimizer.
 
@@ -151,7 +126,7 @@ def check_resumable(
     A setting that is younger than the checkpoint had its default value there.
     """
     current = flat(as_json(dict(settings)))
-    younger = {name: value for name, value in default_settings().items() if name in current}
+    younger = {name: value for name, value in default_settings(RLConfig).items() if name in current}
     saved = younger | flat(state.settings)
     differing = [
         f"{name}: {saved.get(name, _NOTHING)!r} there, {current.get(name, _NOTHING)!r} here"

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from apo_megatron.config.flat import flat
 from apo_megatron.telemetry.run_report.findings import Finding
 from apo_megatron.telemetry.run_report.folders import CONFIG_FILE, RunRecord
 from apo_megatron.telemetry.run_report.panels import LEARNING, Panel, panels_of
@@ -124,30 +125,24 @@ def _objective(run: RunRecord) -> str:
 
 def _differences(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Settings that all configurations have, and that are not the same in all of them."""
-    flat = [_flat(run.config) for run in runs]
-    known = [settings for settings in flat if settings]
-    shared = [name for name in (known or [{}])[0] if all(name in settings for settings in known)]
+    settings = [_shown_settings(run.config) for run in runs]
+    known = [of_run for of_run in settings if of_run]
+    shared = [name for name in (known or [{}])[0] if all(name in of_run for of_run in known)]
     differing = [
-        name for name in shared if name != "train.run_dir" and len({settings[name] for settings in known}) > 1
+        name for name in shared if name != "train.run_dir" and len({of_run[name] for of_run in known}) > 1
     ]
     return {
         "rows": [
-            [name, [settings.get(name, "\u2013") for settings in flat]]
+            [name, [of_run.get(name, "\u2013") for of_run in settings]]
             for name in differing[:MAX_DIFFERENCES]
         ],
         "num_left_out": max(0, len(differing) - MAX_DIFFERENCES),
     }
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            text = "null" if value is None else str(value)
-            found[f"{prefix}{name}"[:MAX_SETTING_CHARACTERS]] = text[:MAX_SETTING_CHARACTERS]
-    return found
+def _shown_settings(config: Mapping[str, Any]) -> dict[str, str]:
+    texts = {name: "null" if value is None else str(value) for name, value in flat(config).items()}
+    return {name[:MAX_SETTING_CHARACTERS]: text[:MAX_SETTING_CHARACTERS] for name, text in texts.items()}
 
 
 def _pass_at_k(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
