@@ -29,7 +29,6 @@ def test_answered_requests_are_no_work() -> None:
     for _ in range(5):
         name = balancer.choose("p", 100, ["a"])
         balancer.release(name, 100)
-    assert balancer.tokens_in_flight("a") == 0
     with pytest.raises(AssertionError, match="more tokens released"):
         balancer.release("a", 1)
 

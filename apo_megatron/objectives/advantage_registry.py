@@ -41,7 +41,6 @@ class AdvantageEstimatorSpec:
     function: AdvantageFunction
     needs: frozenset[AdvantageNeed] = frozenset({"rewards"})
     settings: str | None = None  # its section in ObjectiveConfig
-    uniform_groups_teach: bool = False  # groups that are all right, or all wrong, have a signal
     trains_on_zeros: bool = (
         True  # false: samples with A = 0 are left out, also in groups that teach something
     )
@@ -91,20 +90,17 @@ ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimatorSpec] = {
     "psr": AdvantageEstimatorSpec(
         lambda x, cfg: reinforce_advantages(x.rewards, x.is_correct, right_weight=1.0, wrong_weight=0.0),
         _CORRECTNESS,
-        uniform_groups_teach=True,
         trains_on_zeros=False,
     ),
     "nsr": AdvantageEstimatorSpec(
         lambda x, cfg: reinforce_advantages(x.rewards, x.is_correct, right_weight=0.0, wrong_weight=1.0),
         _CORRECTNESS,
-        uniform_groups_teach=True,
         trains_on_zeros=False,
     ),
     "w_reinforce": AdvantageEstimatorSpec(
         lambda x, cfg: reinforce_advantages(x.rewards, x.is_correct, cfg.w_reinforce.right_weight, 1.0),
         _CORRECTNESS,
         settings="w_reinforce",
-        uniform_groups_teach=True,
     ),
     "passk": AdvantageEstimatorSpec(
         lambda x, cfg: passk_advantages(x.rewards, x.is_correct, cfg.passk.k), _CORRECTNESS, settings="passk"
@@ -115,14 +111,12 @@ ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimatorSpec] = {
     "riskpo": AdvantageEstimatorSpec(
         lambda x, cfg: riskpo_advantages(x.rewards, cfg.riskpo, x.state),
         settings="riskpo",
-        uniform_groups_teach=True,
         next_state=lambda x, cfg: track_quantiles(x.rewards, cfg.riskpo, x.state),
         looks_beyond_group=True,
     ),
     "dcpo": AdvantageEstimatorSpec(
         lambda x, cfg: dcpo_advantages(x.rewards, x.prompt_ids, x.state),
         frozenset({"rewards", "prompt_ids"}),
-        uniform_groups_teach=True,
         next_state=lambda x, cfg: note_visits(x.rewards, x.prompt_ids, x.state),
         looks_beyond_group=True,
     ),

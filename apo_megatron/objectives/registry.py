@@ -37,7 +37,8 @@ class PolicyLossSpec:
     policy_topk: Callable[[ObjectiveConfig], int] | None = None  # K of the need "policy_topk"
     statistics: BatchStatistics | None = None  # of the whole mini-batch: costs a pass without gradients
     whole_groups: bool = False  # all trained samples of a prompt must lie in one mini-batch
-    reads: frozenset[str] = frozenset()  # fields of ``objective`` beside the loss's own section
+    settings: str | None = None  # its section in ObjectiveConfig
+    reads: frozenset[str] = frozenset()  # fields that losses share
 
 
 _DUAL = frozenset({"dual_clip"})
@@ -45,32 +46,39 @@ _CLIP = _DUAL | {"clip_low", "clip_high"}
 
 POLICY_LOSSES: dict[str, PolicyLossSpec] = {
     "apo_ratio": PolicyLossSpec(
-        apo_ratio, needs=frozenset({"anchor"}), reads=_CLIP | {"apo_push_coeff", "apo_pull_coeff"}
+        apo_ratio,
+        needs=frozenset({"anchor"}),
+        settings="apo_variants",
+        reads=_CLIP | {"apo_push_coeff", "apo_pull_coeff"},
     ),
     "vanilla": PolicyLossSpec(vanilla, reads=_CLIP),
-    "cispo": PolicyLossSpec(cispo),
-    "dispo": PolicyLossSpec(dispo),
-    "sapo": PolicyLossSpec(sapo),
-    "gppo": PolicyLossSpec(gppo, reads=_CLIP),
-    "dcpo_clip": PolicyLossSpec(dcpo_clip, reads=_DUAL),
-    "dppo_tv": PolicyLossSpec(dppo_tv),
-    "gspo": PolicyLossSpec(gspo, needs=frozenset({"whole_sequences"}), reads=_DUAL),
-    "ctpo": PolicyLossSpec(ctpo, needs=frozenset({"whole_sequences"})),
-    "vespo": PolicyLossSpec(vespo, needs=frozenset({"whole_sequences"})),
+    "cispo": PolicyLossSpec(cispo, settings="cispo"),
+    "dispo": PolicyLossSpec(dispo, settings="dispo"),
+    "sapo": PolicyLossSpec(sapo, settings="sapo"),
+    "gppo": PolicyLossSpec(gppo, settings="gppo", reads=_CLIP),
+    "dcpo_clip": PolicyLossSpec(dcpo_clip, settings="dcpo", reads=_DUAL),
+    "dppo_tv": PolicyLossSpec(dppo_tv, settings="dppo"),
+    "gspo": PolicyLossSpec(gspo, needs=frozenset({"whole_sequences"}), settings="gspo", reads=_DUAL),
+    "ctpo": PolicyLossSpec(ctpo, needs=frozenset({"whole_sequences"}), settings="ctpo"),
+    "vespo": PolicyLossSpec(vespo, needs=frozenset({"whole_sequences"}), settings="vespo"),
     "simko": PolicyLossSpec(
         simko,
         needs=frozenset({"policy_topk", "whole_sequences"}),
         policy_topk=lambda cfg: cfg.simko.topk,
+        settings="simko",
         reads=_CLIP,
     ),
     "topk_forward_kl": PolicyLossSpec(
-        topk_forward_kl, needs=frozenset({"reference_topk", "solve_rates"}), reads=_CLIP
+        topk_forward_kl,
+        needs=frozenset({"reference_topk", "solve_rates"}),
+        settings="topk_forward_kl",
+        reads=_CLIP,
     ),
-    "clip_cov": PolicyLossSpec(clip_cov, statistics=CLIP_COV_TOKENS, reads=_DUAL),
-    "kl_cov": PolicyLossSpec(kl_cov, statistics=KL_COV_TOKENS),
-    "bapo": PolicyLossSpec(bapo, statistics=BAPO_BOUNDS, reads=_DUAL),
+    "clip_cov": PolicyLossSpec(clip_cov, statistics=CLIP_COV_TOKENS, settings="clip_cov", reads=_DUAL),
+    "kl_cov": PolicyLossSpec(kl_cov, statistics=KL_COV_TOKENS, settings="kl_cov"),
+    "bapo": PolicyLossSpec(bapo, statistics=BAPO_BOUNDS, settings="bapo", reads=_DUAL),
     "p3o": PolicyLossSpec(p3o, statistics=SAMPLE_SIZE),
-    "dmpo": PolicyLossSpec(dmpo, statistics=GROUP_DISTANCES, whole_groups=True, reads=_CLIP),
-    "gbpo": PolicyLossSpec(gbpo, needs=frozenset({"target_advantages"})),
+    "dmpo": PolicyLossSpec(dmpo, statistics=GROUP_DISTANCES, whole_groups=True, settings="dmpo", reads=_CLIP),
+    "gbpo": PolicyLossSpec(gbpo, needs=frozenset({"target_advantages"}), settings="gbpo"),
     "supervised": PolicyLossSpec(supervised, uses_rollouts=False),
 }

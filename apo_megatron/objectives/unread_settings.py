@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from apo_megatron.config.objective import ObjectiveConfig
+from apo_megatron.objectives.advantage_registry import ADVANTAGE_ESTIMATORS
 from apo_megatron.objectives.corrections import MISMATCH_CORRECTIONS
 from apo_megatron.objectives.objective import build_objective
 
@@ -20,8 +21,6 @@ _ALWAYS_READ = {
     "use_kl_loss_on_wrong",
     "entropy_coeff",
 }
-# Those of the others have their names.
-SECTIONS_OF_LOSSES = {"apo_ratio": "apo_variants", "dcpo_clip": "dcpo", "dppo_tv": "dppo"}
 
 
 def unread_settings(cfg: ObjectiveConfig) -> list[str]:
@@ -31,8 +30,7 @@ def unread_settings(cfg: ObjectiveConfig) -> list[str]:
     """
     objective, defaults = build_objective(cfg), ObjectiveConfig()
     read = _ALWAYS_READ | objective.spec.reads | MISMATCH_CORRECTIONS[cfg.mismatch_correction].reads
-    read |= {SECTIONS_OF_LOSSES.get(cfg.loss_mode, cfg.loss_mode)}
-    read |= {cfg.advantage_estimator} - {"dcpo"}  # that section is the loss's; the estimator has none
+    read |= {objective.spec.settings or "", ADVANTAGE_ESTIMATORS[cfg.advantage_estimator].settings or ""}
     if objective.needs_support:
         read |= {"apo_topk", "apo_exclude_sampled"}
     if objective.uses_kl_penalty:

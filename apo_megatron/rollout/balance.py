@@ -44,9 +44,6 @@ class Balancer:
         self._tokens_in_flight[server] -= num_tokens
         assert self._tokens_in_flight[server] >= 0, f"{server}: more tokens released than were in flight"
 
-    def tokens_in_flight(self, server: str) -> int:
-        return self._tokens_in_flight[server]
-
     def forget_prompts(self) -> None:
         """The servers' caches were flushed."""
         self._server_of.clear()
