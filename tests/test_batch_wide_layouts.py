@@ -18,14 +18,21 @@ from transformers import AutoModelForCausalLM
 from apo_megatron.config import ObjectiveConfig
 from apo_megatron.config.policy_losses import PolicyLossName
 from apo_megatron.data.collate import Batch, TrainingSequence, make_batch
-from apo_megatron.diagnosis.differences import relative_differences
 from apo_megatron.parallel.state import ParallelContext
 from tests.distributed import run_distributed
-from tests.plain_reference import run_plain
-from tests.test_layout_invariance import NUM_MINI_BATCHES, OPTIMIZER, SEED, make_sequences
 from tests.tiny_models import make_tiny_model
+from tests.update_cases import (
+    BOUNDS,
+    LAYOUTS,
+    NUM_MINI_BATCHES,
+    Update,
+    check_updates,
+    make_sequences,
+    payload_of,
+    plain_update,
+)
 
-RELATIVE_BOUNDS = {"loss": 5e-5, "grad_norm": 1e-5, "parameters": 1e-5}  # some losses lie near 0
+WIDER_BOUNDS = {**BOUNDS, "loss": 5e-5}  # some losses lie near 0
 LOSSES: dict[str, dict[str, Any]] = {
     "clip_cov": {
         "clip_cov": {
@@ -42,7 +49,6 @@ LOSSES: dict[str, dict[str, Any]] = {
     "p3o": {"loss_aggregation": "seq-mean-token-mean"},
     "dmpo": {"dmpo": {"coeff": 20.0, "temperature": 0.5}, "loss_aggregation": "seq-mean-token-mean"},
 }
-_CP2 = {"context_parallel_size": 2}
 _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 _PACKED = {"max_tokens": 40}
 # Processes -> (layout, how micro-batches are made); one line after the other, with every loss.
@@ -50,11 +56,11 @@ TABLE: dict[int, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     1: [({}, {"micro_batch_size": 1}), ({}, _PACKED)],
     2: [
         (_OVERLAP, {"micro_batch_size": 5, "bucket_size": 3000}),  # DP2
-        ({"tensor_parallel_size": 2}, {"micro_batch_size": 2}),
-        ({"pipeline_parallel_size": 2}, _PACKED),
-        ({"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2}, {"micro_batch_size": 2}),
-        (_CP2, {"micro_batch_size": 2}),
-        (_CP2, _PACKED),
+        (LAYOUTS["tp2"], {"micro_batch_size": 2}),
+        (LAYOUTS["pp2"], _PACKED),
+        (LAYOUTS["pp2_vpp2"], {"micro_batch_size": 2}),
+        (LAYOUTS["cp2"], {"micro_batch_size": 2}),
+        (LAYOUTS["cp2"], _PACKED),
     ],
 }
 
@@ -80,82 +86,57 @@ def objective_of(name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def payload(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = make_tiny_model(tmp_path_factory.mktemp("model"), "qwen2", num_layers=4)
-    return {
-        "model_path": str(path),
-        "sequences": with_old_policy(path),
-        "optimizer": OPTIMIZER,
-        "num_mini_batches": NUM_MINI_BATCHES,
-        "seed": SEED,
-    }
-
-
-def plain(payload: dict[str, Any], sequences: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    settings = ObjectiveConfig(**objective_of(name)).model_dump()
-    return run_plain(
-        payload["model_path"],
-        sequences,
-        {**settings, "kl_loss_coeff": 0.0},
-        OPTIMIZER,
-        NUM_MINI_BATCHES,
-        SEED,
-    )
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"), "qwen2", num_layers=4)
 
 
 @pytest.fixture(scope="module")
-def expected(payload: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: plain(payload, payload["sequences"], name) for name in LOSSES}
+def sequences(model_path: Path) -> list[dict[str, Any]]:
+    return with_old_policy(model_path)
 
 
-def compare(
-    world: int, payload: dict[str, Any], cases: list[dict[str, Any]], expected: dict[str, dict[str, Any]]
-) -> None:
-    cases = [{"micro_batch_size": 2, **case} for case in cases]
-    results = run_distributed(
-        world, "tests.workers.layout_invariance:run_cases", {**payload, "cases": cases}
-    )[0]
-    failures = []
-    for case, result in zip(cases, results, strict=True):
-        name = case["objective"]["loss_mode"]
-        differences = relative_differences(result, expected[name])
-        line = f"{world} processes, {name}, {case['layout']}, {case.get('max_tokens')}: " + ", ".join(
-            f"{key} {value:.1e}" for key, value in differences.items()
-        )
-        print(line)
-        if not all(differences[key] <= bound for key, bound in RELATIVE_BOUNDS.items()):
-            failures.append(line)
-    assert not failures, "\n".join(failures)
+def plain(model_path: Path, sequences: list[dict[str, Any]]) -> dict[str, Update]:
+    """By loss."""
+    objectives = {name: ObjectiveConfig(**objective_of(name)).model_dump() for name in LOSSES}
+    return {name: plain_update(model_path, sequences, objective) for name, objective in objectives.items()}
+
+
+@pytest.fixture(scope="module")
+def expected(model_path: Path, sequences: list[dict[str, Any]]) -> dict[str, Update]:
+    return plain(model_path, sequences)
 
 
 @pytest.mark.parametrize("world", sorted(TABLE))
 def test_update_equals_plain_torch_on_every_layout(
-    world: int, payload: dict[str, Any], expected: dict[str, dict[str, Any]]
+    world: int, model_path: Path, sequences: list[dict[str, Any]], expected: dict[str, Update]
 ) -> None:
-    torch.set_num_threads(1)
     cases = [
-        {"layout": layout, **how, "objective": objective_of(name)}
+        {"model_path": model_path, "layout": layout, **how, "objective": objective_of(name)}
         for layout, how in TABLE[world]
         for name in LOSSES
     ]
-    compare(world, payload, cases, expected)
+    check_updates(world, sequences, cases, [*expected.values()] * len(TABLE[world]), WIDER_BOUNDS)
 
 
-def test_ranks_without_sequences_take_part(payload: dict[str, Any]) -> None:
-    few = [payload["sequences"][i] for i in (0, 5, 1)]  # of two groups: mini-batches of two and one
-    cases = [{"layout": {}, **_PACKED, "objective": objective_of(name)} for name in LOSSES]
-    compare(2, {**payload, "sequences": few}, cases, {name: plain(payload, few, name) for name in LOSSES})
-
-
-def test_the_first_update_after_the_old_pass_needs_no_pass_of_its_own(payload: dict[str, Any]) -> None:
-    """Its weights are the old ones. Without an old pass every update needs one."""
-    modes = ("recompute", "rollout")
+def test_ranks_without_sequences_take_part(model_path: Path, sequences: list[dict[str, Any]]) -> None:
+    few = [sequences[i] for i in (0, 5, 1)]  # of two groups: mini-batches of two and one
     cases = [
-        {"layout": {}, "micro_batch_size": 5, "objective": {**objective_of("p3o"), "old_log_probs": mode}}
-        for mode in modes
+        {"model_path": model_path, "layout": {}, **_PACKED, "objective": objective_of(name)}
+        for name in LOSSES
+    ]
+    check_updates(2, few, cases, [*plain(model_path, few).values()], WIDER_BOUNDS)
+
+
+def test_the_first_update_after_the_old_pass_needs_no_pass_of_its_own(
+    model_path: Path, sequences: list[dict[str, Any]]
+) -> None:
+    """Its weights are the old ones. Without an old pass every update needs one."""
+    cases = [
+        {"model_path": model_path, "layout": {}, "objective": {**objective_of("p3o"), "old_log_probs": mode}}
+        for mode in ("recompute", "rollout")
     ]
     worker = "tests.workers.layout_invariance:count_passes"
-    counts = run_distributed(1, worker, {**payload, "cases": cases})[0]
+    counts = run_distributed(1, worker, payload_of(sequences, cases))[0]
     assert counts == [1 + NUM_MINI_BATCHES - 1, NUM_MINI_BATCHES]
 
 

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import math
 import statistics
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from apo_megatron.config import RLConfig
 from apo_megatron.data.collate import make_batch, trained_sequences
-from apo_megatron.diagnosis.differences import relative_differences
 from apo_megatron.rollout.groups import assign_advantages
-from tests.distributed import run_distributed
-from tests.plain_reference import run_plain
 from tests.test_advantages_in_steps import config as step_config
 from tests.test_advantages_in_steps import group_of
-from tests.test_layout_invariance import (
+from tests.tiny_models import make_tiny_model
+from tests.update_cases import (
     AGGREGATIONS,
     DEFAULTS,
     LAYOUTS,
-    NUM_MINI_BATCHES,
-    OPTIMIZER,
-    RELATIVE_BOUND,
-    SEED,
+    check_updates,
     make_sequences,
+    plain_update,
 )
-from tests.tiny_models import make_tiny_model
 
 NAN = math.nan
 ONE_RANK: Any = SimpleNamespace(dims=SimpleNamespace(data=1), data_rank=0)
@@ -63,30 +58,23 @@ def test_targets_go_with_their_samples_where_the_loss_wants_them(loss_mode: str)
     assert np.isclose(picked.target_advantages.max().item(), scale, rtol=1e-6)
 
 
-GBPO = {**DEFAULTS, **AGGREGATIONS["token-mean"], "loss_mode": "gbpo", "kl_loss_coeff": 0.0}
+GBPO = {**DEFAULTS, **AGGREGATIONS["token-mean"], "loss_mode": "gbpo"}
 
 
-def test_update_equals_plain_torch_on_every_layout(tmp_path_factory: pytest.TempPathFactory) -> None:
-    torch.set_num_threads(1)
-    path = str(make_tiny_model(tmp_path_factory.mktemp("model"), "qwen2", num_layers=4))
+def test_update_equals_plain_torch_on_every_layout(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path, "qwen2", num_layers=4)
     targets = np.random.default_rng(3).normal(size=13).tolist()
     sequences = [s | {"target_advantage": z} for s, z in zip(make_sequences(), targets, strict=True)]
     objective = GBPO | {"gbpo": {"clip_low": 0.02, "clip_high": 0.03, "temperature": 0.5}}
-    layouts = [({}, None), (LAYOUTS["tp2"], None), (LAYOUTS["pp2"], 40), ({"context_parallel_size": 2}, 40)]
-    payload = {
-        "model_path": path,
-        "sequences": sequences,
-        "optimizer": OPTIMIZER,
-        "num_mini_batches": NUM_MINI_BATCHES,
-        "seed": SEED,
-        "cases": [
-            {"layout": layout, "micro_batch_size": size, "max_tokens": tokens, "objective": objective}
-            for size, (layout, tokens) in enumerate(layouts, start=1)
-        ],
-    }
-    expected = run_plain(path, sequences, objective, OPTIMIZER, NUM_MINI_BATCHES, SEED)
-    results = run_distributed(2, "tests.workers.layout_invariance:run_cases", payload)[0]
-    found = [relative_differences(result, expected) for result in results]
-    worst = {name: max(values[name] for values in found) for name in found[0]}
-    print(f"largest relative differences: {worst}")
-    assert max(worst.values()) < RELATIVE_BOUND, found
+    layouts = [({}, None), (LAYOUTS["tp2"], None), (LAYOUTS["pp2"], 40), (LAYOUTS["cp2"], 40)]
+    cases = [
+        {
+            "model_path": path,
+            "layout": layout,
+            "micro_batch_size": size,
+            "max_tokens": tokens,
+            "objective": objective,
+        }
+        for size, (layout, tokens) in enumerate(layouts, start=1)
+    ]
+    check_updates(2, sequences, cases, [plain_update(path, sequences, objective)] * len(cases))

@@ -10,17 +10,8 @@ import torch
 from apo_megatron.diagnosis.differences import relative_differences
 from apo_megatron.parallel.vocab import VocabShard, vocab_parallel_policy_terms, vocab_parallel_topk
 from tests.distributed import run_distributed
-from tests.plain_reference import run_plain
-from tests.test_layout_invariance import (
-    AGGREGATIONS,
-    DEFAULTS,
-    LOSSES,
-    NUM_MINI_BATCHES,
-    OPTIMIZER,
-    SEED,
-    make_sequences,
-)
 from tests.tiny_models import make_tiny_model
+from tests.update_cases import APO, make_sequences, plain_update, updates
 
 pytestmark = pytest.mark.gpu
 
@@ -67,28 +58,18 @@ def test_kernels_equal_torch_on_the_gpu(rows: int, width: int, num_columns: int,
 
 
 def test_updates_on_the_gpu_equal_plain_torch(tmp_path: Path) -> None:
-    path = str(make_tiny_model(tmp_path, "qwen2", num_layers=4))
-    objective = {**DEFAULTS, **LOSSES["apo_ratio"], **AGGREGATIONS["token-mean"]}
-    payload = {
-        "model_path": path,
-        "sequences": make_sequences(),
-        "optimizer": OPTIMIZER,
-        "num_mini_batches": NUM_MINI_BATCHES,
-        "seed": SEED,
-        "cases": [
-            {"layout": {}, "micro_batch_size": 2, "objective": objective, **how}
-            for how in (
-                {},
-                {"max_tokens": 40},
-                {"max_tokens": 40, "max_logits_mib": 0},
-                {"max_tokens": 40, "dtype": "bfloat16"},  # TransformerEngine's attention, where it is there
-            )
-        ],
-    }
-    *exact, rounded = run_distributed(1, "tests.workers.layout_invariance:run_cases", payload, use_gpu=True)[
-        0
+    path = make_tiny_model(tmp_path, "qwen2", num_layers=4)
+    cases = [
+        {"model_path": path, "layout": {}, "objective": APO, **how}
+        for how in (
+            {},
+            {"max_tokens": 40},
+            {"max_tokens": 40, "max_logits_mib": 0},
+            {"max_tokens": 40, "dtype": "bfloat16"},  # TransformerEngine's attention, where it is there
+        )
     ]
-    expected = run_plain(path, make_sequences(), objective, OPTIMIZER, NUM_MINI_BATCHES, SEED)
+    *exact, rounded = updates(1, make_sequences(), cases, use_gpu=True)
+    expected = plain_update(path, make_sequences(), APO)
     for found in exact:
         assert max(relative_differences(found, expected).values()) < 1e-4
     assert max(relative_differences(rounded, expected).values()) < 0.1

@@ -9,27 +9,22 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from apo_megatron.diagnosis.differences import relative_differences
-from tests.distributed import run_distributed
-from tests.plain_reference import run_plain
 from tests.tiny_models import Family, make_tiny_model
+from tests.update_cases import (
+    AGGREGATIONS,
+    APO,
+    DEFAULTS,
+    LAYOUTS,
+    Update,
+    check_updates,
+    make_sequences,
+    plain_update,
+    updates,
+)
 
-RELATIVE_BOUND = 1e-5
-VOCAB_SIZE, SEED, NUM_MINI_BATCHES = 107, 11, 2
-OPTIMIZER = {"lr": 1e-3, "adam_eps": 1e-4, "weight_decay": 0.1, "clip_grad": 1.0}  # eps: see below
-
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "one": {},
-    "tp2": {"tensor_parallel_size": 2},
-    "tp2_sp": {"tensor_parallel_size": 2, "sequence_parallel": True},
-    "pp2": {"pipeline_parallel_size": 2},
-    "pp2_vpp2": {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2},
-    "tp2_pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
-}
 # Processes -> layouts; what the layout leaves of the processes is data parallel.
 WORLDS = {
     1: ["one"],
@@ -66,35 +61,7 @@ APO_VARIANTS: dict[str, dict[str, Any]] = {
     for name, value in (("detach_pull", True), ("support_mass", 0.05))
 }
 METHOD_LAYOUTS = ("one", "tp2", "pp2")
-AGGREGATIONS: dict[str, dict[str, Any]] = {
-    "token-mean": {"loss_aggregation": "token-mean"},
-    "seq-mean-token-mean": {"loss_aggregation": "seq-mean-token-mean"},
-    "seq-mean-token-sum-norm": {
-        "loss_aggregation": "seq-mean-token-sum-norm",
-        "loss_aggregation_constant": 16,
-    },
-}
-DEFAULTS = {"apo_topk": 8, "apo_push_coeff": 1.05, "apo_pull_coeff": 0.1, "clip_low": 0.2, "clip_high": 0.28}
 MICRO_BATCH_SIZES = (1, 2, 5)  # 5: the last micro-batch of every mini-batch is ragged
-
-
-def make_sequences() -> list[dict[str, Any]]:
-    rng = np.random.default_rng(5)
-    return [
-        {
-            "tokens": rng.integers(0, VOCAB_SIZE, prompt + response).tolist(),
-            "prompt_length": prompt,
-            "advantage": float(advantage),
-        }
-        for prompt, response, advantage in zip(
-            rng.integers(2, 9, 13).tolist(), rng.integers(1, 10, 13).tolist(), _advantages(rng), strict=True
-        )
-    ]
-
-
-def _advantages(rng: np.random.Generator) -> np.ndarray:
-    # Four wrong answers, nine right ones: a loss near 0 would have no meaningful relative difference.
-    return np.where(np.arange(13) % 4 == 1, -1.0, 1.0) * rng.uniform(0.5, 1.5, 13)
 
 
 def _cases(world: int) -> list[dict[str, Any]]:
@@ -109,134 +76,91 @@ def _cases(world: int) -> list[dict[str, Any]]:
         for number, (loss, aggregation) in sorted(enumerate(pairs), key=lambda item: item[0] % 2):
             cases.append(
                 {
-                    "name": f"{world}:{name}:{loss}:{aggregation}",
                     "layout": {**LAYOUTS[name], "distributed_optimizer": number % 2 == 0},
                     "micro_batch_size": next(sizes),
-                    "objective": {**DEFAULTS, **LOSSES[loss], **AGGREGATIONS[aggregation]},
                     "reference": f"{loss}:{aggregation}",
                 }
             )
         if world == 2 and name in METHOD_LAYOUTS:
             layout = {**LAYOUTS[name], "distributed_optimizer": False}
             cases += [
-                {**_case(name), "layout": layout, "micro_batch_size": next(sizes), **_method(method)}
+                {"layout": layout, "micro_batch_size": next(sizes), "reference": method}
                 for method in (*METHODS, *APO_VARIANTS)
             ]
         next(sizes)  # shift, so that sizes and objectives meet in other pairs on the next layout
     if world == 2:
-        cases += [_case("tp2_sp", recompute="full"), _case("pp2_vpp2", recompute="selective")]
+        cases += [
+            {"layout": LAYOUTS["tp2_sp"], "recompute": "full", "reference": "apo_ratio:token-mean"},
+            {"layout": LAYOUTS["pp2_vpp2"], "recompute": "selective", "reference": "apo_ratio:token-mean"},
+        ]
     return cases
 
 
-def _method(name: str) -> dict[str, Any]:
-    objective = {**DEFAULTS, **(METHODS | APO_VARIANTS)[name], **AGGREGATIONS["token-mean"]}
-    return {"objective": objective, "reference": name}
-
-
-def _case(layout: str, **settings: Any) -> dict[str, Any]:
-    return {
-        "name": f"{layout}:{settings}",
-        "layout": LAYOUTS[layout],
-        "micro_batch_size": 2,
-        "objective": {**DEFAULTS, **LOSSES["apo_ratio"], **AGGREGATIONS["token-mean"]},
-        "reference": "apo_ratio:token-mean",
-        **settings,
-    }
+OBJECTIVES = {
+    f"{loss}:{aggregation}": {**DEFAULTS, **LOSSES[loss], **AGGREGATIONS[aggregation]}
+    for loss, aggregation in itertools.product(LOSSES, AGGREGATIONS)
+} | {
+    name: {**DEFAULTS, **method, **AGGREGATIONS["token-mean"]}
+    for name, method in (METHODS | APO_VARIANTS).items()
+}
 
 
 @pytest.fixture(scope="module")
-def payload(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = make_tiny_model(tmp_path_factory.mktemp("model"), "qwen2", num_layers=4)
-    return {
-        "model_path": str(path),
-        "sequences": make_sequences(),
-        "optimizer": OPTIMIZER,
-        "num_mini_batches": NUM_MINI_BATCHES,
-        "seed": SEED,
-    }
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"), "qwen2", num_layers=4)
 
 
 @pytest.fixture(scope="module")
-def expected(payload: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    objectives = {
-        f"{loss}:{aggregation}": {**DEFAULTS, **LOSSES[loss], **AGGREGATIONS[aggregation]}
-        for loss, aggregation in itertools.product(LOSSES, AGGREGATIONS)
-    }
-    objectives |= {name: _method(name)["objective"] for name in (*METHODS, *APO_VARIANTS)}
-    return {
-        reference: run_plain(
-            payload["model_path"],
-            payload["sequences"],
-            {"kl_loss_coeff": 0.0, **objective},
-            OPTIMIZER,
-            NUM_MINI_BATCHES,
-            SEED,
-        )
-        for reference, objective in objectives.items()
-    }
+def expected(model_path: Path) -> dict[str, Update]:
+    sequences = make_sequences()
+    return {name: plain_update(model_path, sequences, objective) for name, objective in OBJECTIVES.items()}
 
 
 @pytest.mark.parametrize("world", sorted(WORLDS))
 def test_update_equals_plain_torch_on_every_layout(
-    world: int, payload: dict[str, Any], expected: dict[str, dict[str, Any]], tmp_path: Path
+    world: int, model_path: Path, expected: dict[str, Update]
 ) -> None:
-    torch.set_num_threads(1)
     cases = _cases(world)
-    results = run_distributed(
-        world, "tests.workers.layout_invariance:run_cases", {**payload, "cases": cases}
-    )[0]
-    worst = dict.fromkeys(("loss", "grad_norm", "parameters"), 0.0)
-    failures = []
-    for case, result in zip(cases, results, strict=True):
-        differences = relative_differences(result, expected[case["reference"]])
-        worst = {name: max(worst[name], value) for name, value in differences.items()}
-        if max(differences.values()) > RELATIVE_BOUND:
-            failures.append((case["name"], differences))
-    print(f"{world} processes, {len(cases)} cases, largest relative differences: {worst}")
-    assert not failures, failures
+    prepared = [
+        {**case, "model_path": model_path, "objective": OBJECTIVES[case["reference"]]} for case in cases
+    ]
+    check_updates(world, make_sequences(), prepared, [expected[case["reference"]] for case in cases])
 
 
-def test_bf16_update_is_close_to_fp32(payload: dict[str, Any], expected: dict[str, dict[str, Any]]) -> None:
-    cases = [_case("tp2", dtype="bfloat16"), _case("pp2", dtype="bfloat16")]
-    results = run_distributed(2, "tests.workers.layout_invariance:run_cases", {**payload, "cases": cases})[0]
-    for result in results:
+def test_bf16_update_is_close_to_fp32(model_path: Path, expected: dict[str, Update]) -> None:
+    cases = [
+        {"model_path": model_path, "layout": LAYOUTS[layout], "objective": APO, "dtype": "bfloat16"}
+        for layout in ("tp2", "pp2")
+    ]
+    for result in updates(2, make_sequences(), cases):
         differences = relative_differences(result, expected["apo_ratio:token-mean"])
         assert differences["loss"] < 0.1 and differences["grad_norm"] < 0.1
         assert differences["parameters"] < 0.01
 
 
-def test_ranks_without_sequences_take_part(payload: dict[str, Any], tmp_path: Path) -> None:
-    few = payload["sequences"][:3]  # mini-batches of two and one sequence for four ranks
-    case = {**_case("one"), "micro_batch_size": 2}
-    moe = str(make_tiny_model(tmp_path, "qwen3_moe"))
+def test_ranks_without_sequences_take_part(model_path: Path, tmp_path: Path) -> None:
+    few = make_sequences()[:3]  # mini-batches of two and one sequence for four ranks
+    case: dict[str, Any] = {"model_path": model_path, "layout": {}, "objective": APO}
     packed = {**case, "max_tokens": 40, "max_logits_mib": 0}
+    with_experts = {**case, "model_path": make_tiny_model(tmp_path, "qwen3_moe")}
     cases = [
         case,
         packed,
-        {**packed, "layout": {"context_parallel_size": 2}},
+        {**packed, "layout": LAYOUTS["cp2"]},
         {**case, "layout": LAYOUTS["pp2"]},
-        {**case, "layout": {"expert_parallel_size": 2}, "model_path": moe},
+        {**with_experts, "layout": {"expert_parallel_size": 2}},
     ]
-    found = run_distributed(
-        4,
-        "tests.workers.layout_invariance:run_cases",
-        {**payload, "sequences": few, "cases": cases},
-    )[0]
-    dense, with_experts = (
-        run_plain(path, few, case["objective"], OPTIMIZER, NUM_MINI_BATCHES, SEED)
-        for path in (payload["model_path"], moe)
-    )
-    for result, expected in zip(found, (*[dense] * 4, with_experts), strict=True):
-        assert max(relative_differences(result, expected).values()) < RELATIVE_BOUND
+    plain = {path: plain_update(path, few, APO) for path in (model_path, with_experts["model_path"])}
+    check_updates(4, few, cases, [plain[case["model_path"]] for case in cases])
 
 
-def test_tied_embeddings_are_updated_once(payload: dict[str, Any], tmp_path: Path) -> None:
-    path = str(make_tiny_model(tmp_path, "qwen2_tied", num_layers=2))
-    cases = [_case(layout) for layout in ("pp2", "tp2_sp", "tp2_pp2")]
-    tied = {**payload, "model_path": path, "cases": cases}
-    expected = run_plain(path, payload["sequences"], cases[0]["objective"], OPTIMIZER, NUM_MINI_BATCHES, SEED)
-    for result in run_distributed(4, "tests.workers.layout_invariance:run_cases", tied)[0]:
-        assert max(relative_differences(result, expected).values()) < RELATIVE_BOUND
+def test_tied_embeddings_are_updated_once(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path, "qwen2_tied", num_layers=2)
+    cases = [
+        {"model_path": path, "layout": LAYOUTS[layout], "objective": APO}
+        for layout in ("pp2", "tp2_sp", "tp2_pp2")
+    ]
+    check_updates(4, make_sequences(), cases, [plain_update(path, make_sequences(), APO)] * len(cases))
 
 
 _EP2 = {"expert_parallel_size": 2}
@@ -265,36 +189,21 @@ MOE_CASES: dict[int, list[tuple[Family, dict[str, Any]]]] = {
 
 
 @pytest.fixture(scope="module")
-def moe_expected(
-    payload: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> dict[Family, tuple[str, dict[str, Any]]]:
+def moe_expected(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, tuple[Path, Update]]:
     """Family -> model path, and what plain torch makes of it."""
-    objective = _case("one")["objective"]
-    expected: dict[Family, tuple[str, dict[str, Any]]] = {}
+    expected: dict[Family, tuple[Path, Update]] = {}
     for family in dict.fromkeys(family for cases in MOE_CASES.values() for family, _ in cases):
-        path = str(make_tiny_model(tmp_path_factory.mktemp(family), family))
-        plain = run_plain(path, payload["sequences"], objective, OPTIMIZER, NUM_MINI_BATCHES, SEED)
-        expected[family] = path, plain
+        path = make_tiny_model(tmp_path_factory.mktemp(family), family)
+        expected[family] = path, plain_update(path, make_sequences(), APO)
     return expected
 
 
 @pytest.mark.parametrize("world", sorted(MOE_CASES))
 def test_experts_are_updated_as_by_plain_torch(
-    world: int, payload: dict[str, Any], moe_expected: dict[Family, tuple[str, dict[str, Any]]]
+    world: int, moe_expected: dict[Family, tuple[Path, Update]]
 ) -> None:
     cases = [
-        {**_case("one"), "layout": layout, "model_path": moe_expected[family][0]}
+        {"model_path": moe_expected[family][0], "layout": layout, "objective": APO}
         for family, layout in MOE_CASES[world]
     ]
-    results = run_distributed(
-        world, "tests.workers.layout_invariance:run_cases", {**payload, "cases": cases}
-    )[0]
-    worst = dict.fromkeys(("loss", "grad_norm", "parameters"), 0.0)
-    failures = []
-    for (family, layout), result in zip(MOE_CASES[world], results, strict=True):
-        differences = relative_differences(result, moe_expected[family][1])
-        worst = {name: max(worst[name], value) for name, value in differences.items()}
-        if max(differences.values()) > RELATIVE_BOUND:
-            failures.append((family, layout, differences))
-    print(f"{world} processes, {len(cases)} cases with experts, largest relative differences: {worst}")
-    assert not failures, failures
+    check_updates(world, make_sequences(), cases, [moe_expected[family][1] for family, _ in MOE_CASES[world]])

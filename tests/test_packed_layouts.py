@@ -5,29 +5,14 @@ One table of what is combined; each line is compared with ``plain_reference.py``
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from apo_megatron.diagnosis.differences import relative_differences
-from tests.distributed import run_distributed
-from tests.plain_reference import run_plain
-from tests.test_layout_invariance import (
-    AGGREGATIONS,
-    DEFAULTS,
-    LAYOUTS,
-    LOSSES,
-    NUM_MINI_BATCHES,
-    OPTIMIZER,
-    RELATIVE_BOUND,
-    SEED,
-    make_sequences,
-)
 from tests.tiny_models import Family, make_tiny_model
+from tests.update_cases import APO, LAYOUTS, Update, check_updates, make_sequences, plain_update
 
-_CP2 = {"context_parallel_size": 2}
+_CP2 = LAYOUTS["cp2"]
 _EP2 = {"expert_parallel_size": 2}
 _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 _WHOLE = {"overlap_grad_reduce": True, "distributed_optimizer": False}
@@ -76,7 +61,6 @@ TABLE: dict[int, list[tuple[Family, dict[str, Any], dict[str, Any]]]] = {
         ("qwen3_moe", {**_CP2, **_EP2, **LAYOUTS["pp2"]}, {**_PACKED, **_FUSED}),
     ],
 }
-OBJECTIVE = {**DEFAULTS, **LOSSES["apo_ratio"], **AGGREGATIONS["token-mean"]}
 _NUM_LAYERS = {"qwen2": 4}  # for virtual stages
 
 
@@ -92,39 +76,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, str]:
 
 
 @pytest.fixture(scope="module")
-def expected(models: dict[Family, str]) -> dict[Family, dict[str, Any]]:
-    return {
-        family: run_plain(path, make_sequences(), OBJECTIVE, OPTIMIZER, NUM_MINI_BATCHES, SEED)
-        for family, path in models.items()
-    }
+def expected(models: dict[Family, str]) -> dict[Family, Update]:
+    return {family: plain_update(path, make_sequences(), APO) for family, path in models.items()}
 
 
 @pytest.mark.parametrize("world", sorted(TABLE))
 @pytest.mark.filterwarnings("ignore:sequences longer than")
 def test_update_equals_plain_torch(
-    world: int, models: dict[Family, str], expected: dict[Family, dict[str, Any]], tmp_path: Path
+    world: int, models: dict[Family, str], expected: dict[Family, Update]
 ) -> None:
-    torch.set_num_threads(1)
     cases = [
-        {"model_path": models[family], "layout": layout, "micro_batch_size": 2, **how, "objective": OBJECTIVE}
+        {"model_path": models[family], "layout": layout, **how, "objective": APO}
         for family, layout, how in TABLE[world]
     ]
-    payload = {
-        "model_path": models["qwen2"],
-        "sequences": make_sequences(),
-        "optimizer": OPTIMIZER,
-        "num_mini_batches": NUM_MINI_BATCHES,
-        "seed": SEED,
-        "cases": cases,
-    }
-    results = run_distributed(world, "tests.workers.layout_invariance:run_cases", payload)[0]
-    failures = []
-    for (family, layout, how), result in zip(TABLE[world], results, strict=True):
-        differences = relative_differences(result, expected[family])
-        line = f"{world} processes, {family}, {layout}, {how}: " + ", ".join(
-            f"{name} {value:.1e}" for name, value in differences.items()
-        )
-        print(line)
-        if not max(differences.values()) <= RELATIVE_BOUND:
-            failures.append(line)
-    assert not failures, "\n".join(failures)
+    check_updates(world, make_sequences(), cases, [expected[family] for family, _, _ in TABLE[world]])

@@ -8,21 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from apo_megatron.diagnosis.differences import relative_differences
 from tests.distributed import run_distributed
-from tests.plain_reference import run_plain
 from tests.plain_sequence_losses import plain_weights
-from tests.test_layout_invariance import (
+from tests.tiny_models import make_tiny_model
+from tests.update_cases import (
     AGGREGATIONS,
     DEFAULTS,
     LAYOUTS,
-    NUM_MINI_BATCHES,
-    OPTIMIZER,
-    RELATIVE_BOUND,
-    SEED,
+    check_updates,
     make_sequences,
+    plain_update,
 )
-from tests.tiny_models import make_tiny_model
 
 # Bounds that the second update reaches.
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -51,7 +47,7 @@ OBJECTIVES["off_policy_mask"] = {
     "tis_cap": 1.1,
     "off_policy_mask": 0.1,
 }
-_CP2 = {"context_parallel_size": 2}
+_CP2 = LAYOUTS["cp2"]
 _PACKED = {"max_tokens": 40}  # of answers with up to 9 tokens after 2 to 8
 _FUSED = {"max_logits_mib": 0}
 # Processes -> (layout, how micro-batches are made and projected).
@@ -94,35 +90,15 @@ def sequences(model_path: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("world", sorted(TABLE))
 @pytest.mark.filterwarnings("ignore:sequences longer than")
 def test_update_equals_plain_torch(world: int, model_path: str, sequences: list[dict[str, Any]]) -> None:
-    torch.set_num_threads(1)
     # On 4 processes 3 answers in 2 mini-batches: ranks that have nothing but padding take part.
     chosen = sequences if world == 2 else [sequences[i] for i in (2, 5, 4)]
-    payload = {
-        "model_path": model_path,
-        "sequences": chosen,
-        "optimizer": OPTIMIZER,
-        "num_mini_batches": NUM_MINI_BATCHES,
-        "seed": SEED,
-        "cases": [
-            {"layout": layout, "micro_batch_size": 2, **how, "objective": objective}
-            for layout, how in TABLE[world]
-            for objective in OBJECTIVES.values()
-        ],
-    }
-    results = iter(run_distributed(world, "tests.workers.layout_invariance:run_cases", payload)[0])
-    expected = {
-        name: run_plain(model_path, chosen, objective, OPTIMIZER, NUM_MINI_BATCHES, SEED)
-        for name, objective in OBJECTIVES.items()
-    }
-    worst, failures = 0.0, []
-    for layout, how in TABLE[world]:
-        for name in OBJECTIVES:
-            differences = relative_differences(next(results), expected[name])
-            worst = max(worst, *differences.values())
-            if not max(differences.values()) <= RELATIVE_BOUND:
-                failures.append((layout, how, name, differences))
-    print(f"{world} processes, largest relative difference: {worst:.1e}")
-    assert not failures, failures
+    cases = [
+        {"model_path": model_path, "layout": layout, **how, "objective": objective}
+        for layout, how in TABLE[world]
+        for objective in OBJECTIVES.values()
+    ]
+    expected = [plain_update(model_path, chosen, objective) for objective in OBJECTIVES.values()]
+    check_updates(world, chosen, cases, expected * len(TABLE[world]))
 
 
 def test_shares_of_dropped_answers_do_not_depend_on_the_layout(
@@ -173,7 +149,6 @@ def test_the_objectives_differ(model_path: str, sequences: list[dict[str, Any]])
     )
     for one, other in pairs:
         norms = [
-            run_plain(model_path, sequences, objective, OPTIMIZER, NUM_MINI_BATCHES, SEED)["grad_norms"][1]
-            for objective in (one, other)
+            plain_update(model_path, sequences, objective)["grad_norms"][1] for objective in (one, other)
         ]
         assert abs(norms[0] - norms[1]) > 1e-3 * norms[1], (one, norms)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,20 +20,17 @@ from apo_megatron.diagnosis.differences import relative_differences
 from apo_megatron.objectives import POLICY_LOSSES, LossInputs, LossOutputs, Objective
 from apo_megatron.parallel.vocab import VocabShard
 from apo_megatron.types import TrainedTokens
-from tests.distributed import run_distributed
-from tests.plain_reference import run_plain
 from tests.test_advantages_in_steps import group_of
-from tests.test_layout_invariance import (
+from tests.tiny_models import make_tiny_model
+from tests.update_cases import (
     AGGREGATIONS,
     DEFAULTS,
     LAYOUTS,
-    NUM_MINI_BATCHES,
-    OPTIMIZER,
     RELATIVE_BOUND,
-    SEED,
+    check_updates,
     make_sequences,
+    plain_update,
 )
-from tests.tiny_models import make_tiny_model
 
 # So strong that each would show, and bounded so closely that the second update reaches the bounds.
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -66,15 +62,8 @@ HOW: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (LAYOUTS["tp2"], {"micro_batch_size": 2}),
     (LAYOUTS["tp2_sp"], {**_PACKED, **_FUSED}),
     (LAYOUTS["pp2"], _PACKED),
-    ({"context_parallel_size": 2}, {**_PACKED, **_FUSED}),
+    (LAYOUTS["cp2"], {**_PACKED, **_FUSED}),
 ]
-
-
-def _cases() -> list[dict[str, Any]]:
-    return [
-        {"name": f"{name}, {layout}, {how}", "layout": layout, "micro_batch_size": 2, **how, "loss": name}
-        for (layout, how), name in itertools.product(HOW, OBJECTIVES)
-    ]
 
 
 def _sequences(model_path: str) -> list[dict[str, Any]]:
@@ -93,32 +82,19 @@ def _sequences(model_path: str) -> list[dict[str, Any]]:
 
 
 def test_update_equals_plain_torch_on_every_layout(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     path = str(make_tiny_model(tmp_path, "qwen2"))
     sequences = _sequences(path)
-    settings = OPTIMIZER, NUM_MINI_BATCHES, SEED
-    expected = {name: run_plain(path, sequences, own, *settings) for name, own in OBJECTIVES.items()}
+    expected = {name: plain_update(path, sequences, own) for name, own in OBJECTIVES.items()}
     for name, other in WEAKER:  # what is theirs decides something
         section = {name: {**OBJECTIVES[name][name], **other}}
-        weaker = run_plain(path, sequences, {**OBJECTIVES[name], **section}, *settings)
+        weaker = plain_update(path, sequences, {**OBJECTIVES[name], **section})
         assert max(relative_differences(weaker, expected[name]).values()) > 100 * RELATIVE_BOUND
-    cases = [{**case, "objective": OBJECTIVES[case["loss"]]} for case in _cases()]
-    payload = {
-        "model_path": path,
-        "sequences": sequences,
-        "optimizer": OPTIMIZER,
-        "num_mini_batches": NUM_MINI_BATCHES,
-        "seed": SEED,
-        "cases": cases,
-    }
-    results = run_distributed(2, "tests.workers.layout_invariance:run_cases", payload)[0]
-    failures = []
-    for case, result in zip(cases, results, strict=True):
-        differences = relative_differences(result, expected[case["loss"]])
-        print(case["name"], {name: f"{value:.1e}" for name, value in differences.items()})
-        if not max(differences.values()) <= RELATIVE_BOUND:
-            failures.append((case["name"], differences))
-    assert not failures, failures
+    cases = [
+        {"model_path": path, "layout": layout, **how, "objective": objective}
+        for layout, how in HOW
+        for objective in OBJECTIVES.values()
+    ]
+    check_updates(2, sequences, cases, [*expected.values()] * len(HOW))
 
 
 # --- what a loss is given -------------------------------------------------------------------------

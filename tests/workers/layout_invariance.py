@@ -71,7 +71,7 @@ def _run_case(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelC
 def _actor_of(payload: dict[str, Any], case: dict[str, Any], parallel: ParallelContext) -> MegatronActor:
     return MegatronActor(
         ModelConfig(
-            hf_path=case.get("model_path", payload["model_path"]),
+            hf_path=case["model_path"],
             dtype=case.get("dtype", "float32"),
             make_vocab_size_divisible_by=8,
             recompute=case.get("recompute", "none"),
