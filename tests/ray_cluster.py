@@ -26,7 +26,7 @@ NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 NUM_STEPS = 12
 PATIENCE = 600.0  # seconds, on a very busy machine
 ENDS_WITHIN = 60.0  # seconds from a failure until every process of the run is gone
-TIMED = re.compile(r"^(time|memory)/|seconds$|_gap$")
+TIMED = re.compile(r"^(time|memory)/|seconds$|_gap(_max)?$")
 
 
 class Nodes:

@@ -259,7 +259,9 @@ def test_tuning_takes_the_best_trial_and_tests_it_on_every_seed_on_other_problem
     assert fake.commands == []
 
 
-def test_numbers_are_means_over_seeds_and_differences_are_paired(run: Any, tmp_path: Path) -> None:
+def test_numbers_are_means_over_seeds_and_differences_are_paired(
+    compare_results: ModuleType, run: Any, tmp_path: Path
+) -> None:
     fake = FakeExecutor(draw)
     _, results = run(fake, "--methods", "grpo", "cispo", "--seeds", "0", "1", "2")
     by_run = {(r.get("objective.loss_mode", "vanilla"), r["train.seed"]): draw(r) for r in fake.runs()}
@@ -277,6 +279,16 @@ def test_numbers_are_means_over_seeds_and_differences_are_paired(run: Any, tmp_p
         low, high = against["ci95"]
         assert low < against["difference"] < high
     assert "against_grpo" not in results["methods"]["grpo"]
+    base, *methods = compare_results.points(results)
+    assert base.mean == pytest.approx([100 * results["base"]["pass_at_k"][k] for k in ("1", "32")])
+    for point, (name, loss) in zip(methods, (("grpo", "vanilla"), ("cispo", "cispo")), strict=True):
+        found = results["methods"][name]["pass_at_k"]
+        assert point.mean == pytest.approx((100 * found["1"], 100 * found["32"]))
+        for seed, (x, y) in zip("012", point.seeds, strict=True):
+            for k, shown in ((1, x), (32, y)):
+                difference = pass_at(by_run[loss, seed], k) - pass_at(by_run["vanilla", seed], k)
+                of_grpo = results["methods"]["grpo"]["pass_at_k"][str(k)]
+                assert shown == pytest.approx(100 * (of_grpo + difference))
     table = (tmp_path / "table.md").read_text()
     found = results["methods"]["cispo"]
     mean, std, against = found["pass_at_k"]["8"], found["std"]["8"], found["against_grpo"]["8"]

@@ -38,7 +38,7 @@ NUM_DIRECTIONS = 24
 
 @dataclass(frozen=True)
 class Point:
-    """One method: (Pass@1, Pass@n) of each seed, in per cent."""
+    """One method: where each seed stands, (Pass@1, Pass@n) in per cent."""
 
     label: str
     family: str  # key of STYLES
