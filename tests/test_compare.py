@@ -556,6 +556,8 @@ def test_labels_of_many_methods_do_not_overlap(compare: ModuleType, tmp_path: Pa
         center = rng.normal((22.5, 91.5), (0.9, 2.0))
         seeds = [tuple(center + rng.normal(0, (1.5, 0.8))) for _ in range(3)]
         points.append(frontier.Point(f"METHOD-{i} ({'x' * (i % 9)})", families[i % 3], seeds))
+    assert "base" not in {point.label for point in frontier._crowd(points)}
+    assert len(frontier._crowd(points)) > 30 and not frontier._crowd(points[:12])
     boxes = frontier.frontier_picture(points, tmp_path / "frontier.png", 256)
     assert len(boxes) == 37
     for i, box in enumerate(boxes):

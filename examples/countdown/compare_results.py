@@ -24,7 +24,7 @@ from apo_megatron.telemetry.metrics import METRICS_FILE, read_metrics
 TABLE_KS = (1, 8, 32, 256)
 REFERENCE = "grpo"
 BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED = 10_000, 0
-SMALL_MARKS = "Small marks in the picture: each seed, moved by GRPO's mean - GRPO on that seed."
+SMALL_MARKS = "Small marks in the picture: each seed, those of methods moved by GRPO's mean - GRPO on it."
 CURVES = ("reward", "entropy", "grad_norm", "clip_fraction_low", "clip_fraction_high")  # of each final run
 PAGE, PAGE_PICTURE = ROOT / "docs" / "methods.md", ROOT / "docs" / "methods_compared.png"
 BEGIN, END = "<!-- compared: begin -->", "<!-- compared: end -->"
@@ -262,25 +262,28 @@ def caption(results: Mapping[str, Any]) -> str:
 def points(results: Mapping[str, Any]) -> list[Point]:
     """What the picture shows, the base first.
 
-    Each seed is moved by how far GRPO's mean lies from GRPO on that seed: what a seed does to all methods
-    leaves the picture, as it leaves the paired differences. Means stay where they are.
+    Each seed of a method is moved by how far GRPO's mean lies from GRPO on that seed: what a seed does to all
+    methods leaves the picture, as it leaves the paired differences. Means stay where they are.
     """
     far = str(results["settings"]["num_samples"])
     finished = [content for content in ordered(results["methods"]) if not content["failed"]]
     grpo = _reference(results)
 
-    def percent(content: Mapping[str, Any], seed: str, k: str) -> float:
-        found = content["seeds"][seed]["pass_at_k"][k]
-        moved = grpo["pass_at_k"][k] - grpo["seeds"][seed]["pass_at_k"][k] if grpo else 0.0
-        return float(100 * (found + moved))
+    def moved(content: Mapping[str, Any], seed: str, k: str) -> float:
+        value = content["seeds"][seed]["pass_at_k"][k]
+        return 100 * (value + (grpo["pass_at_k"][k] - grpo["seeds"][seed]["pass_at_k"][k] if grpo else 0))
 
-    def point(label: str, family: str, content: Mapping[str, Any]) -> Point:
-        seeds = [(percent(content, seed, "1"), percent(content, seed, far)) for seed in content["seeds"]]
-        return Point(label, family, seeds)
-
+    base = [one["pass_at_k"] for one in results["base"]["seeds"].values()]
     return [
-        point(BASE, BASE_POINT, results["base"]),
-        *(point(content["label"], content["family"], content) for content in finished),
+        Point(BASE, BASE_POINT, [(100 * one["1"], 100 * one[far]) for one in base]),
+        *(
+            Point(
+                content["label"],
+                content["family"],
+                [(moved(content, seed, "1"), moved(content, seed, far)) for seed in content["seeds"]],
+            )
+            for content in finished
+        ),
     ]
 
 

@@ -15,6 +15,7 @@ matplotlib.use("Agg")  # before pyplot: there may be no display
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.transforms import Bbox
 from methods import ADVANTAGE, BASELINE, LOSS, SAMPLES, VARIANT
 
@@ -31,6 +32,8 @@ STYLES = {
     SAMPLES: ("#7A6A00", "P"),
 }
 LABEL_SIZE = 8.5
+# Of methods within so many median deviations of the median, this many need a panel of their own.
+LARGE_CROWD, FAR = 12, 5.0
 # Where a label may stand: so many pixels from its point, in so many directions.
 DISTANCES = (9, 16, 26, 40, 58, 80, 110, 150)
 NUM_DIRECTIONS = 24
@@ -53,22 +56,68 @@ class Point:
 def frontier_picture(points: Sequence[Point], path: Path, num_samples: int) -> list[Bbox]:
     """Draw ``points`` into ``path``; where the labels stand, in pixels.
 
-    The mean over seeds is large and labelled, each seed small and tied to it.
+    The mean over seeds is large and labelled, each seed small and tied to it. Where many methods end at much
+    the same place a second panel enlarges it, and has their labels.
     """
+    crowd = _crowd(points)
+    others = [point for point in points if point not in crowd]
     with plt.rc_context(LOOK):
-        figure, axis = plt.subplots(figsize=(11, 7.6), layout="constrained")
-        for family in STYLES:
-            _draw_family(axis, [point for point in points if point.family == family], family)
-        axis.set_xlabel("Pass@1 (%)")
-        axis.set_ylabel(f"Pass@{num_samples} (%)")
-        axis.set_title("Countdown, test problems: right = better single answers, up = more within reach")
-        axis.margins(0.07)
-        axis.legend(loc="lower left", fontsize=9)
-        boxes = _place_labels(figure, axis, points)
+        height, ratios = (13.0, (1, 1.2)) if crowd else (7.6, (1,))
+        figure, rows = plt.subplots(
+            len(ratios), 1, figsize=(11, height), height_ratios=ratios, squeeze=False, layout="constrained"
+        )
+        axes = [row[0] for row in rows]
+        for axis in axes:
+            for family in STYLES:
+                _draw_family(axis, [point for point in points if point.family == family], family)
+            axis.set_xlabel("Pass@1 (%)")
+            axis.set_ylabel(f"Pass@{num_samples} (%)")
+            axis.margins(0.07)
+        axes[0].set_title("Countdown, test problems: right = better single answers, up = more within reach")
+        axes[0].legend(loc="lower left", fontsize=9)
+        if crowd:
+            _enlarge(axes[1], axes[0], crowd)
+        figure.canvas.draw()  # settles the layout
+        figure.set_layout_engine("none")
+        boxes = [
+            box
+            for axis, labelled in zip(axes, (others, crowd), strict=False)
+            for box in _place_labels(figure, axis, points, labelled)
+        ]
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DPI)
         plt.close(figure)
     return boxes
+
+
+def _crowd(points: Sequence[Point]) -> list[Point]:
+    """Those that end near the median, if they are too many to be told apart beside the others."""
+    limits = []
+    for values in zip(*(point.mean for point in points), strict=True):
+        middle = statistics.median(values)
+        spread = statistics.median(abs(value - middle) for value in values)
+        limits.append((middle - FAR * spread, middle + FAR * spread))
+    crowd = [
+        point
+        for point in points
+        if all(low <= value <= high for value, (low, high) in zip(point.mean, limits, strict=True))
+    ]
+    return crowd if LARGE_CROWD <= len(crowd) < len(points) else []
+
+
+def _enlarge(axis: Axes, whole: Axes, crowd: Sequence[Point]) -> None:
+    """``axis`` shows the region of ``crowd`` alone, which ``whole`` frames."""
+    limits = []
+    for values in zip(*(point.mean for point in crowd), strict=True):
+        margin = 0.12 * (max(values) - min(values))
+        limits.append((min(values) - margin, max(values) + margin))
+    (left, right), (bottom, top) = limits
+    axis.set_xlim(left, right)
+    axis.set_ylim(bottom, top)
+    axis.set_title("The frame above, enlarged")
+    whole.add_patch(
+        Rectangle((left, bottom), right - left, top - bottom, fill=False, ec="#444444", lw=0.8, zorder=2)
+    )
 
 
 def _draw_family(axis: Axes, points: Sequence[Point], family: str) -> None:
@@ -84,20 +133,21 @@ def _draw_family(axis: Axes, points: Sequence[Point], family: str) -> None:
         axis.plot(x_values, y_values, marker, color=color, ms=8, mec="white", mew=0.8, label=family, zorder=3)
 
 
-def _place_labels(figure: Figure, axis: Axes, points: Sequence[Point]) -> list[Bbox]:
-    """Each label at the nearest place where it covers no point and no other label, tied to its point."""
-    figure.canvas.draw()  # settles the layout
-    figure.set_layout_engine("none")
+def _place_labels(
+    figure: Figure, axis: Axes, points: Sequence[Point], labelled: Sequence[Point]
+) -> list[Bbox]:
+    """Each label at the nearest place where it covers none of ``points`` and no other label."""
     scale = figure.dpi / 72
     to_pixels, frame = axis.transData.transform, axis.get_window_extent()
-    anchors = [tuple(map(float, to_pixels(point.mean))) for point in points]
+    anchors = {point.label: tuple(map(float, to_pixels(point.mean))) for point in points}
     size = 6 * scale
-    taken = [Bbox.from_bounds(x - size, y - size, 2 * size, 2 * size) for x, y in anchors]
+    taken = [Bbox.from_bounds(x - size, y - size, 2 * size, 2 * size) for x, y in anchors.values()]
     legend = axis.get_legend()
     if legend is not None:
         taken.append(legend.get_window_extent())
     boxes = []
-    for point, (x, y) in sorted(zip(points, anchors, strict=True), key=lambda pair: -pair[1][1]):
+    for point in sorted(labelled, key=lambda point: -anchors[point.label][1]):
+        x, y = anchors[point.label]
         text = axis.text(0, 0, point.label, fontsize=LABEL_SIZE, color=STYLES[point.family][0],
                          transform=None, va="bottom", ha="left", zorder=4)  # fmt: skip
         extent = text.get_window_extent()
