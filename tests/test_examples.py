@@ -141,10 +141,10 @@ def test_a_run_fits_and_its_head_says_how(script: Path, stubs: Path, tmp_path: P
 @pytest.mark.parametrize("script", RUNS, ids=lambda path: path.name)
 def test_arguments_and_machines_reach_the_trainer(script: Path, stubs: Path) -> None:
     words = ("train.num_steps=77", "objective.apo_topk=4", "evaluation.ks=[1, 3]")
-    run = started(stubs, script, *words, NNODES="16", GPUS_PER_NODE="4")
+    run = started(stubs, script, *words, NUM_NODES="16", GPUS_PER_NODE="4")
     assert run.cfg.evaluation.ks == (1, 3)
     assert (run.cfg.train.num_steps, run.cfg.objective.apo_topk, run.num_gpus) == (77, 4, 64)
-    alone = call(stubs, script, NNODES="1")
+    alone = call(stubs, script, NUM_NODES="1")
     assert alone[alone.index("--master-addr") + 1] == "127.0.0.1"
 
 

@@ -4,14 +4,14 @@
 # (--resume never: from the start).
 #
 #   GPUS_PER_NODE            default 8
-#   NNODES                   machines, default 1. With more, start the same script on each of them, with
+#   NUM_NODES                machines, default 1. With more, start the same script on each of them, with
 #   NODE_RANK, MASTER_ADDR   its number from 0, and the address of number 0
 #   MASTER_PORT              default 29500, another one for a second run on the same machine
 set -euo pipefail
 
-if [ "${NNODES:-1}" -gt 1 ]; then
+if [ "${NUM_NODES:-1}" -gt 1 ]; then
     : "${NODE_RANK:?number of this machine, from 0}" "${MASTER_ADDR:?address of machine 0}"
 fi
-exec torchrun --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" --nproc-per-node "${GPUS_PER_NODE:-8}" \
+exec torchrun --nnodes "${NUM_NODES:-1}" --node-rank "${NODE_RANK:-0}" --nproc-per-node "${GPUS_PER_NODE:-8}" \
     --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
     -m apo_megatron.train --resume auto "$@"

@@ -6,5 +6,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-export NNODES="${NNODES:-4}"
+export NUM_NODES="${NUM_NODES:-4}"
 exec examples/math/launch.sh --config examples/math/llama3_70b.yaml "$@"

@@ -6,5 +6,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-export NNODES="${NNODES:-2}"
+export NUM_NODES="${NUM_NODES:-2}"
 exec examples/math/launch.sh --config examples/math/qwen3_30b_a3b.yaml "$@"
