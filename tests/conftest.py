@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import PurePath
+from types import ModuleType
 from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
-from tests.countdown_base import CountdownBase, make_countdown_base
+from tests.countdown_base import COUNTDOWN, CountdownBase, make_countdown_base
 
 # Files that start servers, or whole clusters, and mostly wait for them: one process of `make test` begins
 # with these, another with those that compute.
@@ -48,6 +52,14 @@ class _ServersBesideOthers(LoadScopeScheduling):
 def base(tmp_path_factory: pytest.TempPathFactory) -> CountdownBase:
     """A Countdown model that solves some problems, in a folder for the runs of one file of tests."""
     return make_countdown_base(tmp_path_factory.mktemp("countdown"))
+
+
+@pytest.fixture(scope="module")
+def example_module() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a script of examples/countdown, which find each other as when they are run."""
+    sys.path.insert(0, str(COUNTDOWN))
+    yield importlib.import_module
+    sys.path.remove(str(COUNTDOWN))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:

@@ -1,4 +1,4 @@
-"""examples/countdown/compare.py: every method runs, budgets are equal, what is chosen, resumed and shown."""
+"""examples/countdown/compare.py with commands that only pretend: what is chosen, resumed, refused, shown."""
 
 from __future__ import annotations
 
@@ -10,198 +10,30 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 
 from apo_megatron import __version__
 from apo_megatron.config import RLConfig, load_config
-from apo_megatron.config.advantages import AdvantageEstimatorName
-from apo_megatron.config.policy_losses import PolicyLossName
 from apo_megatron.errors import DataError
-
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "countdown"
-NUM_SAMPLES, NUM_PROBLEMS = 32, 20
-
-
-@pytest.fixture(scope="module")
-def compare() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(EXAMPLE))
-    import compare
-
-    yield compare
-    sys.path.remove(str(EXAMPLE))
+from tests.countdown_base import COUNTDOWN
+from tests.pretended_commands import NUM_SAMPLES, FakeExecutor, draw
 
 
 @pytest.fixture(scope="module")
-def compare_results(compare: ModuleType) -> ModuleType:
-    import compare_results
-
-    return compare_results
-
-
-def settings_of(command: Sequence[str]) -> dict[str, str]:
-    """The overrides of a command; the last one counts."""
-    return dict(part.split("=", 1) for part in command if "=" in part)
-
-
-# --- the methods -----------------------------------------------------------------------------------
-
-
-def test_every_loss_and_every_estimator_is_compared(compare: ModuleType) -> None:
-    objectives = [load(method.settings).objective for method in compare.METHODS.values()]
-    assert {objective.loss_mode for objective in objectives} == set(get_args(PolicyLossName))
-    estimators = {objective.advantage_estimator for objective in objectives}
-    assert estimators == set(get_args(AdvantageEstimatorName))
-    baselines = {"grpo", "grpo_kl", "kl_on_wrong", "dr_grpo", "dapo", "apo"}
-    assert baselines <= compare.METHODS.keys()
-    labels = [method.label for method in compare.METHODS.values()]
-    assert len(set(labels)) == len(labels)
-
-
-def test_every_method_has_the_same_number_of_trials_around_its_own_setting(compare: ModuleType) -> None:
-    for name, method in compare.METHODS.items():
-        tried = compare.trials(method)
-        configs = [load((*method.settings, *trial.words(method))) for trial in tried]
-        assert len({json.dumps(config.model_dump(mode="json"), sort_keys=True) for config in configs}) == 6
-        assert len({trial.name(method) for trial in tried}) == 6, name
-        assert load(method.settings) in configs, name  # as configured is among them
-        if name != "p3o":
-            rates = [trial.learning_rate for trial in tried]
-            assert sorted(rates) == [1e-4] * 3 + [2e-4] * 3, name
-            assert len({trial.coefficient for trial in tried} - {None}) == 3, name
-
-
-def test_who_follows_the_sign_of_the_ratio_has_exact_old_log_probs(compare: ModuleType) -> None:
-    of_method = {name: load(method.settings) for name, method in compare.METHODS.items()}
-    exact = {name for name, config in of_method.items() if config.objective.old_log_probs == "recompute"}
-    assert exact == {"gbpo", "kl_cov"}
-
-
-def load(settings: Sequence[str]) -> RLConfig:
-    return load_config(RLConfig, EXAMPLE / "compare.yaml", list(settings))
-
-
-# --- all of them, for two steps ---------------------------------------------------------------------
+def compare(example_module: Callable[[str], ModuleType]) -> ModuleType:
+    return example_module("compare")
 
 
 @pytest.fixture(scope="module")
-def quick(compare: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A real run of every method, and of one that its rules refuse."""
-    from methods import LOSS, Method
-
-    out = tmp_path_factory.mktemp("compare")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(compare.METHODS, "broken", Method("Broken", LOSS, ("optimizer.lr=-1",)))
-        patch.setattr(compare.signal, "signal", lambda *_: None)
-        assert compare.main(["--quick", "--seeds", "0", "--jobs", "1", "--out", str(out)]) == 0
-        yield out
-
-
-def test_every_method_runs_and_one_that_fails_stops_no_other(compare: ModuleType, quick: Path) -> None:
-    results = json.loads((quick / "results.json").read_text())
-    assert results["methods"].keys() == compare.METHODS.keys()
-    for name, found in results["methods"].items():
-        if name == "broken":
-            continue
-        assert found["failed"] is None, f"{name}: {found['failed']}"
-        assert found["pass_at_k"].keys() == {"1", "2", "4", "8", "16"}
-        run = found["seeds"]["0"]
-        assert len(run["num_correct"]) == 8 and run["seconds"] > 0
-        assert len(run["curves"]["reward"]) == 2, name
-        # So few right answers are above no quantile: every bundle is like the others to RiskPO.
-        assert name == "riskpo" or max(run["curves"]["grad_norm"]) > 0, name
-    broken = results["methods"]["broken"]
-    assert broken["failed"].startswith("seed 0: ") and "optimizer.lr" in broken["failed"]
-    table = (quick / "table.md").read_text()
-    assert "| Broken | **failed** |" in table and "Broken failed: seed 0: " in table
-    assert all(f"| {method.label} |" in table for method in compare.METHODS.values())
-    assert (quick / "frontier.png").stat().st_size > 30_000
-    left = {path.name for path in (quick / "seed0" / "grpo").iterdir()}
-    assert {"metrics.jsonl", "evaluation_final.json"} <= left
-    assert left.isdisjoint({"report.html", "training_curves.png", "hf", "tensorboard"})
-
-
-def test_a_run_can_be_repeated_alone(quick: Path) -> None:
-    first = (quick / "seed0" / "apo.log").read_text().splitlines()[0]
-    assert (
-        first.startswith("$ ") and " -m apo_megatron.train --config examples/countdown/compare.yaml " in first
-    )
-
-
-def test_only_what_failed_is_tried_again(
-    compare: ModuleType, quick: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake = FakeExecutor(lambda settings: [1] * 8)
-    monkeypatch.setattr(compare, "make_executor", lambda num_slots: nullcontext(fake))
-    assert compare.main(["--quick", "--seeds", "0", "--jobs", "1", "--out", str(quick)]) == 0
-    assert [Path(settings_of(c)["train.run_dir"]).name for c in fake.commands] == ["broken"]
-
-
-# --- with commands that only pretend ----------------------------------------------------------------
-
-
-class FakeExecutor:
-    """Writes what each command would; ``counts`` (settings -> right answers of the problems) may be None:
-    the command fails."""
-
-    num_slots = 2
-
-    def __init__(self, counts: Callable[[dict[str, str]], list[int] | None]) -> None:
-        self._counts = counts
-        self._ended: list[tuple[int, int]] = []
-        self.commands: list[Sequence[str]] = []
-
-    def start(self, slot: int, command: Sequence[str], log: Path, limit: int) -> None:
-        self.commands.append(command)
-        self._ended.append((slot, self._run(command, log)))
-
-    def wait(self) -> tuple[int, int]:
-        return self._ended.pop(0)
-
-    def _run(self, command: Sequence[str], log: Path) -> int:
-        settings = settings_of(command)
-        if "--out" in command:
-            folder = Path(command[command.index("--out") + 1])
-            (folder / "init").mkdir(parents=True)
-            (folder / "heldout.jsonl").touch()
-            (folder / "init" / "config.json").touch()
-        elif "apo_megatron.sft" in command:
-            folder = Path(settings["train.run_dir"])
-            (folder / "hf").mkdir(parents=True)
-            (folder / "hf" / "config.json").touch()
-        else:
-            found = self._counts(settings)
-            if found is None:
-                log.write_text("step 1/2\nerror: the loss is not finite\n")
-                return 2
-            is_base = "apo_megatron.evaluate" in command
-            folder = Path(settings["output_dir" if is_base else "train.run_dir"])
-            folder.mkdir(parents=True)
-            content = {"pass_at_k": {"1": 0.0}, "num_samples": NUM_SAMPLES, "num_correct": found}
-            (folder / "metrics.jsonl").write_text('{"step": 1, "reward": 0.25}\n')
-            name = "results.json" if is_base else "evaluation_final.json"
-            wrapped = {"benchmarks": {"countdown": content}} if is_base else content
-            (folder / name).write_text(json.dumps(wrapped))
-        return 0
-
-    def runs(self) -> list[dict[str, str]]:
-        """The trainings since the last call."""
-        found = [settings_of(c) for c in self.commands if "apo_megatron.train" in c]
-        self.commands.clear()
-        return found
-
-
-def draw(settings: dict[str, str]) -> list[int]:
-    """Right answers, the same for the same settings."""
-    words = sorted(word for word in settings.items() if "path" not in word[0] and "dir" not in word[0])
-    rng = np.random.default_rng(list(json.dumps(words).encode()))
-    return rng.binomial(NUM_SAMPLES, rng.beta(0.3, 1.5, NUM_PROBLEMS)).tolist()
+def compare_results(example_module: Callable[[str], ModuleType]) -> ModuleType:
+    return example_module("compare_results")
 
 
 def pass_at(num_correct: Sequence[int], k: int) -> float:
@@ -391,7 +223,7 @@ def test_an_edited_file_is_another_run(
     import stages
 
     here = tmp_path_factory.mktemp("countdown")
-    for path in (*EXAMPLE.glob("*.yaml"), EXAMPLE / "prepare.py"):
+    for path in (*COUNTDOWN.glob("*.yaml"), COUNTDOWN / "prepare.py"):
         shutil.copy(path, here)
     for module in (compare, stages):
         monkeypatch.setattr(module, "HERE", here)
@@ -481,7 +313,7 @@ def test_a_run_that_hangs_is_killed_and_shown(run: Any, compare: ModuleType, tmp
     script.write_text("import time\ntime.sleep(60)\n")
     command, log = [sys.executable, str(script)], str(tmp_path / "hangs.log")
     code = f"import side_by_side; side_by_side._become({command!r}, {log!r}, 1)"
-    path = {"PYTHONPATH": f"{EXAMPLE}:{EXAMPLE.parents[1]}"}
+    path = {"PYTHONPATH": f"{COUNTDOWN}:{COUNTDOWN.parents[1]}"}
     killed = subprocess.run([sys.executable, "-c", code], env=path, timeout=50, check=False)
     assert killed.returncode == -signal.SIGALRM
 
@@ -526,7 +358,7 @@ def test_commands_of_a_real_comparison_are_valid(run: Any) -> None:
     trained = [c for c in fake.commands if "apo_megatron.train" in c]
     for command in trained:
         overrides = [part for part in command if "=" in part]
-        config = load_config(RLConfig, EXAMPLE / "compare.yaml", overrides)
+        config = load_config(RLConfig, COUNTDOWN / "compare.yaml", overrides)
         assert config.train.num_steps == 100 and config.parallel.tensor_parallel_size == 1
         assert not (config.logging.report or config.objective.support_telemetry or config.evaluation.interval)
 
@@ -563,21 +395,3 @@ def test_labels_of_many_methods_do_not_overlap(compare: ModuleType, tmp_path: Pa
     for i, box in enumerate(boxes):
         for other in boxes[:i]:
             assert frontier._common_area(box, other) < 1.0
-
-
-# --- the problems ------------------------------------------------------------------------------------
-
-
-def test_validation_and_test_problems_are_apart_from_all_others(compare: ModuleType, tmp_path: Path) -> None:
-    from prepare import prepare
-
-    sizes = {"num_demonstrations": 2000, "num_train": 2000, "num_heldout": 400}
-    prepare(tmp_path, 0, 2, **sizes, num_validation=400, num_test=400)
-    known: dict[tuple[int, ...], str] = {}
-    for name in ("train", "heldout", "validation", "test"):
-        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-        assert len(rows) >= 400
-        for row in rows:
-            key = (*sorted(row["numbers"]), row["target"])
-            assert known.setdefault(key, name) == name
-    assert sum(name != "train" for name in known.values()) == 1200

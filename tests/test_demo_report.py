@@ -8,7 +8,7 @@ import shlex
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,24 +21,17 @@ from apo_megatron.config.loader import load_config
 from apo_megatron.config.schema import RLConfig, SFTConfig
 from apo_megatron.errors import DataError
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "countdown"
 NUM_SAMPLES, KS = 32, (1, 2, 8, 32)
 
 
 @pytest.fixture(scope="module")
-def report() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(EXAMPLE))
-    import report
-
-    yield report
-    sys.path.remove(str(EXAMPLE))
+def report(example_module: Callable[[str], ModuleType]) -> ModuleType:
+    return example_module("report")
 
 
 @pytest.fixture(scope="module")
-def demo(report: ModuleType) -> ModuleType:
-    import demo
-
-    return demo
+def demo(example_module: Callable[[str], ModuleType]) -> ModuleType:
+    return example_module("demo")
 
 
 def chance(num_correct: int, k: int) -> float:
