@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import ModuleType
 from typing import Any
 
@@ -16,23 +18,26 @@ from xdist.workermanage import WorkerController
 from tests.countdown_base import COUNTDOWN, CountdownBase, make_countdown_base
 
 # Files that start servers, or whole clusters, and mostly wait for them: one process of `make test` begins
-# with these, another with those that compute.
+# with these, another with those that compute. The longest first: who is done early takes a short one.
 WITH_SERVERS = (
-    "test_ray_servers",
-    "test_server",
-    "test_server_command",
-    "test_sglang_client",
-    "test_sglang_cpu",
-    "test_sglang_engine",
-    "test_sglang_evaluation",
+    "test_sglang_failures",
     "test_sglang_training",
-    "test_slurm",
+    "test_server",
     "test_transport",
+    "test_slurm",
+    "test_sglang_engine",
+    "test_ray_servers",
+    "test_sglang_evaluation",
+    "test_sglang_client",
+    "test_server_command",
+    "test_sglang_cpu",
 )
 
 
-def _needs_servers(nodeid: str) -> bool:
-    return PurePath(nodeid.split("::")[0]).stem in WITH_SERVERS
+def _place(nodeid: str) -> int:
+    """Of a file among ``WITH_SERVERS``; behind them for all others."""
+    name = PurePath(nodeid.split("::")[0]).stem
+    return WITH_SERVERS.index(name) if name in WITH_SERVERS else len(WITH_SERVERS)
 
 
 class _ServersBesideOthers(LoadScopeScheduling):
@@ -48,10 +53,25 @@ class _ServersBesideOthers(LoadScopeScheduling):
         super()._assign_work_unit(node)
 
 
+@pytest.fixture(scope="session")
+def made_base(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> CountdownBase:
+    """Made by the first process that wants it, for all."""
+    folder = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        folder = folder.parent
+    folder /= "countdown_base"
+    with Path(f"{folder}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        base = CountdownBase(folder)
+        return base if base.model.exists() else make_countdown_base(folder)
+
+
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> CountdownBase:
+def base(made_base: CountdownBase, tmp_path_factory: pytest.TempPathFactory) -> CountdownBase:
     """A Countdown model that solves some problems, in a folder for the runs of one file of tests."""
-    return make_countdown_base(tmp_path_factory.mktemp("countdown"))
+    folder = tmp_path_factory.mktemp("countdown")
+    shutil.copytree(made_base.folder, folder, dirs_exist_ok=True)
+    return CountdownBase(folder)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +87,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not _needs_servers(item.nodeid))
+    items.sort(key=lambda item: _place(item.nodeid))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

@@ -7,6 +7,7 @@ with the session, however that ends.
 from __future__ import annotations
 
 import tempfile
+import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from apo_megatron.config import ModelConfig
 from apo_megatron.config.rollout import SGLangConfig
 from apo_megatron.rollout.server import ServerPool
 
+RESTART_SECONDS = 180.0  # on a very busy machine
 PYTHON = Path(__file__).resolve().parent.parent / ".venv-sglang" / "bin" / "python"
 
 
@@ -47,11 +49,11 @@ def sglang_servers(
     """Servers that answer, with the weights that an earlier test has left them (its version label too).
 
     ``fresh``: new ones, for a test that needs the weights of ``model_path``. Any test may kill servers of
-    the pool: if not all of them serve again at the next call, there are new ones. Two sets never run at once
-    (memory): a call for other servers ends those that run.
+    the pool: they are waited for. Two sets never run at once (memory): a call for other servers ends those
+    that run.
     """
     key = (str(Path(model_path).resolve()), num_servers, dtype)
-    if _running and not fresh and _running[0].key == key and _all_serve(_running[0].pool, num_servers):
+    if _running and not fresh and _running[0].key == key and _all_serve_soon(_running[0].pool, num_servers):
         return _running[0].pool
     stop_sglang_servers()
     log_folder = tempfile.TemporaryDirectory(prefix="sglang_servers_")
@@ -70,11 +72,15 @@ def stop_sglang_servers() -> None:
         ended.log_folder.cleanup()
 
 
-def _all_serve(pool: ServerPool, num_servers: int) -> bool:
-    addresses = pool.addresses()
-    return (
-        pool.failure() is None and len(addresses) == num_servers and all(_answers(a.url) for a in addresses)
-    )
+def _all_serve_soon(pool: ServerPool, num_servers: int) -> bool:
+    """Whether all are there, after the starts of those that were killed; False where one will not be."""
+    deadline = time.monotonic() + RESTART_SECONDS
+    while pool.failure() is None and time.monotonic() < deadline:
+        addresses = pool.addresses()
+        if len(addresses) == num_servers and all(_answers(a.url) for a in addresses):
+            return True
+        time.sleep(0.5)
+    return False
 
 
 def _answers(url: str) -> bool:

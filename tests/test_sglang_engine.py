@@ -96,6 +96,7 @@ def test_wrong_weights_end_the_run_on_every_rank(requests: list[dict[str, Any]])
         assert "checksums of servers' weights differ" in wrong["checksum"]
 
 
+@pytest.mark.slow  # four starts; what matters of it to a run is in test_sglang_failures.py, too
 def test_killed_and_hung_servers() -> None:
     for rank, result in enumerate(run_scene("lost_servers", health_timeout=10.0)):
         assert result["metrics"]["num_servers"] == 2
