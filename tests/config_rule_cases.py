@@ -178,9 +178,15 @@ BROKEN_RULES: list[tuple[type[Section], str, list[str], list[str]]] = [
     ),
     (
         RLConfig,
-        "dual_clip_is_above_the_clip_range",
-        ["objective.dual_clip=1.28"],
-        ["objective:", "dual_clip=1.28", "clip_high"],
+        "wrong_tokens_must_not_start_clipped",
+        ["objective.apo_push_coeff=1.2", "objective.dual_clip=1.05"],
+        ["objective:", "= 1.1 lies outside the clip range (0.8, 1.05)", "dual_clip"],
+    ),
+    (
+        RLConfig,
+        "adaptation_has_a_target",
+        ["objective.apo_variants.max_pull_coeff=0.15"],
+        ["objective.apo_variants:", "max_pull_coeff without target_anchor_ratio"],
     ),
     (
         RLConfig,

@@ -142,7 +142,7 @@ def test_a_configuration_is_frozen(file: Path) -> None:
         ),
         (
             "objective: {dual_clip: [1]}",
-            "run.yaml:4: objective.dual_clip: found [1], expected number or null",
+            "run.yaml:4: objective.dual_clip: found [1], expected number > 1 or null",
         ),
         (
             "objective: {kl_estimator: k4}",
@@ -456,9 +456,10 @@ def test_the_nearest_loss_is_named(file: Path) -> None:
 
 def test_rules_of_a_section_are_reported_together(file: Path) -> None:
     found = problems(
-        file, ["objective.dual_clip=1", "objective.use_kl_loss=true", "objective.use_kl_loss_on_wrong=true"]
+        file,
+        ["objective.apo_push_coeff=2", "objective.use_kl_loss=true", "objective.use_kl_loss_on_wrong=true"],
     )
-    assert ["dual_clip" in found[0], "use_kl_loss" in found[1], len(found)] == [True, True, 2]
+    assert ["apo_push_coeff" in found[0], "use_kl_loss" in found[1], len(found)] == [True, True, 2]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ in ``advantages.py``. Formulas: docs/objective.md (APO) and docs/methods.md (all
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -67,7 +68,9 @@ class ObjectiveConfig(Section):
         0.2, description="Ratio clipped under 1 - clip_low."
     )
     clip_high: PositiveFloat = Field(0.28, description="Ratio clipped over 1 + clip_high.")
-    dual_clip: float | None = Field(None, description="Bound of the loss at -A * dual_clip where A < 0.")
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="Bound of the loss at -A * dual_clip where A < 0."
+    )
     apo_push_coeff: PositiveFloat = Field(1.05, description="lambda: weight of the ratio where A < 0.")
     apo_pull_coeff: NonNegativeFloat = Field(0.1, description="beta: weight of the anchor ratio where A < 0.")
     apo_topk: PositiveInt = Field(8, description="K: size of the reference support.")
@@ -124,19 +127,20 @@ class ObjectiveConfig(Section):
     @rule
     def wrong_tokens_must_not_start_clipped(self) -> str | None:
         """With `apo_ratio`, `apo_push_coeff` - `apo_pull_coeff` (where a wrong token's ratio starts) must lie
-        inside (1 - `clip_low`, 1 + `clip_high`): outside it there is no gradient. So must those at the end of
-        a schedule and at both bounds of an adapted pull."""
+        inside (1 - `clip_low`, 1 + `clip_high`), and below `dual_clip`: outside there is no gradient. So must
+        those at the end of a schedule and at both bounds of an adapted pull."""
         if self.loss_mode != "apo_ratio":
             return None
-        low, high = 1 - self.clip_low, 1 + self.clip_high
+        low, high = 1 - self.clip_low, min(1 + self.clip_high, self.dual_clip or math.inf)
         for push, pull in self._extreme_coefficients():
             if not low + _ROUNDING < push - pull < high - _ROUNDING:
                 moved = (push, pull) != (self.apo_push_coeff, self.apo_pull_coeff)
                 where = f" (apo_variants moves them to {push:.4g} and {pull:.4g})" if moved else ""
                 return (
                     f"apo_push_coeff - apo_pull_coeff = {push - pull:.4g}{where} lies outside the clip range "
-                    f"({low:.4g}, {high:.4g}) given by clip_low and clip_high: every wrong token would start "
-                    "clipped, without a gradient. Bring the difference closer to 1, or widen the clip range"
+                    f"({low:.4g}, {high:.4g}) given by clip_low, clip_high and dual_clip: every wrong token "
+                    "would start clipped, without a gradient. Bring the difference closer to 1, or widen the "
+                    "clip range"
                 )
         return None
 
@@ -175,15 +179,6 @@ class ObjectiveConfig(Section):
             return (
                 f"apo_pull_coeff={self.apo_pull_coeff} is to be adapted between apo_variants.min_pull_coeff="
                 f"{low} and max_pull_coeff={high}: it must lie there, and they must differ"
-            )
-        return None
-
-    @rule
-    def dual_clip_is_above_the_clip_range(self) -> str | None:
-        """`dual_clip` must be above 1 + `clip_high`, or it would cut what the clip range lets through."""
-        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
-            return (
-                f"dual_clip={self.dual_clip} must be above 1 + clip_high = {1 + self.clip_high:.4g}, or null"
             )
         return None
 

@@ -188,6 +188,18 @@ class APOVariantsConfig(Section):
         return None
 
     @rule
+    def adaptation_has_a_target(self) -> str | None:
+        """`adaptation_rate`, `min_pull_coeff` and `max_pull_coeff` go with `target_anchor_ratio`."""
+        fields = ("adaptation_rate", "min_pull_coeff", "max_pull_coeff")
+        given = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
+        if given and self.target_anchor_ratio is None:
+            return (
+                f"{', '.join(given)} without target_anchor_ratio: nothing adapts the pull; set "
+                "target_anchor_ratio, or leave them out"
+            )
+        return None
+
+    @rule
     def pull_is_scheduled_or_adapted(self) -> str | None:
         """`final_pull_coeff` and `target_anchor_ratio` exclude each other: both would move beta."""
         if self.final_pull_coeff is not None and self.target_anchor_ratio is not None:
