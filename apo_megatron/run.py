@@ -21,7 +21,7 @@ from apo_megatron.evaluation.result import PassAtKResult
 from apo_megatron.files import write_atomically
 from apo_megatron.health import activity
 from apo_megatron.health.watchdog import Watchdog, put_away
-from apo_megatron.objectives.unread_settings import unread_settings
+from apo_megatron.objectives.unread_settings import unread_note
 from apo_megatron.parallel.collectives import all_gather_objects, any_rank, barrier
 from apo_megatron.parallel.memory_use import memory_metrics
 from apo_megatron.parallel.state import ParallelContext
@@ -111,8 +111,8 @@ class Run:
         if isinstance(self._cfg, RLConfig):
             self._step_files = StepFiles(self._cfg.train, self._parallel, start, self.note)
             self._closing.callback(self._step_files.close)
-            if unread := unread_settings(self._cfg.objective):
-                self.note(f"set, but without effect on the methods chosen: {', '.join(unread)}")
+            if unread := unread_note(self._cfg):
+                self.note(unread)
         if self._parallel.is_main:
             dump_config(self._cfg, self.folder / "config.yaml")
         activity.current.begin_step(start + 1)

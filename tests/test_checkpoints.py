@@ -199,10 +199,18 @@ def test_a_setting_younger_than_the_checkpoint_had_its_default() -> None:
     young = {"objective.off_policy_mask": "left out", "objective.bapo": "left out"}
     assert refusal(young) == ""
     assert "off_policy_mask: None there, 0.5 here" in refusal(young, off_policy_mask=0.5)
-    assert "bapo.target: 0.5 there, 0.25 here" in refusal(young, bapo={"target": 0.25})
+    assert "bapo.target: 0.5 there, 0.25 here" in refusal(young, loss_mode="bapo", bapo={"target": 0.25})
     part = {"objective.bapo": {"low_start": 0.7}}  # all but one setting of the section are younger
-    assert refusal(part, bapo={"low_start": 0.7}) == ""
-    assert "(objective.bapo.low_start: 0.7 there, 0.8 here)" in refusal(part)
+    assert refusal(part, loss_mode="bapo", bapo={"low_start": 0.7}) == ""
+    assert "(objective.bapo.low_start: 0.7 there, 0.8 here)" in refusal(part, loss_mode="bapo")
+
+
+def test_what_no_method_reads_may_change() -> None:
+    assert refusal({}, loss_mode="cispo", clip_high=0.4, bapo={"target": 0.25}) == ""
+    assert refusal({"objective.clip_high": 0.28}, loss_mode="cispo", clip_high=0.4) == ""
+    assert "clip_high: 0.28 there, 0.4 here" in refusal(
+        {"objective.clip_high": 0.28}, loss_mode="vanilla", clip_high=0.4
+    )
 
 
 def test_a_setting_without_a_default_or_that_is_no_more_is_refused() -> None:

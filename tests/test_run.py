@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from apo_megatron import run as run_module
-from apo_megatron.config import SFTConfig
+from apo_megatron.config import RLConfig, SFTConfig
 from apo_megatron.errors import CheckpointError, ConfigError
 from apo_megatron.run import Run
 
@@ -21,6 +21,25 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "barrier", lambda parallel: None)
     monkeypatch.setattr(run_module, "memory_metrics", lambda parallel: {})
     monkeypatch.setattr(run_module, "HFExporter", MagicMock())
+
+
+def test_settings_without_effect_are_named_when_a_run_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = RLConfig.model_validate(
+        {
+            "model": {"hf_path": "unused"},
+            "data": {"train_path": "unused"},
+            "train": {"run_dir": str(tmp_path), "num_steps": 1},
+            "objective": {"loss_mode": "cispo", "clip_high": 0.4},
+            "logging": {"tensorboard": False},
+        }
+    )
+    run = Run(cfg, SimpleNamespace(is_main=True, rank=0, world=1), title="test")  # type: ignore[arg-type]
+    notes: list[str] = []
+    monkeypatch.setattr(run, "note", notes.append)
+    run.resume(MagicMock())
+    assert notes == ["set, but without effect on the methods chosen: objective.clip_high"]
 
 
 def _run(folder: Path, **checkpoint: Any) -> Run:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from apo_megatron.config import ObjectiveConfig
+from apo_megatron.config import ObjectiveConfig, RLConfig, RolloutConfig
+from apo_megatron.config.sampling import D3SConfig, KnapsackConfig
 from apo_megatron.objectives import (
     ADVANTAGE_ESTIMATORS,
     MISMATCH_CORRECTIONS,
@@ -17,10 +18,16 @@ from apo_megatron.objectives import (
     MiniBatchInputs,
     WholeSequences,
 )
-from apo_megatron.objectives.unread_settings import unread_settings
+from apo_megatron.objectives.unread_settings import unread_settings, with_unread_at_defaults
 
 CHOSEN_FROM = {"loss_mode", "advantage_estimator", "mismatch_correction"}
 FIELDS = sorted({*ObjectiveConfig.model_fields} - CHOSEN_FROM)
+
+
+def run_with(objective: ObjectiveConfig | None = None, rollout: RolloutConfig | None = None) -> RLConfig:
+    """Unchecked: not every combination of a field and a choice is a run that could be started."""
+    values = {"objective": objective or ObjectiveConfig(), "rollout": rollout or RolloutConfig()}
+    return RLConfig.model_construct(**values)  # type: ignore[arg-type]
 
 
 class Recorder:
@@ -114,10 +121,27 @@ def test_a_correction_reads_what_it_declares(name: str) -> None:
         ({"kl_loss_coeff": 0.5, "use_kl_loss_on_wrong": True}, []),
         ({"mismatch_correction": "icepop", "icepop_low": 0.1, "tis_cap": 4.0}, ["tis_cap"]),
         ({"loss_mode": "vanilla", "support_telemetry": False, "apo_topk": 4}, ["apo_topk"]),
+        ({"support_telemetry": False}, ["support_telemetry"]),
+        ({"loss_mode": "gspo", "dual_clip": 1.2, "clip_high": 0.1}, ["clip_high"]),
     ],
 )
 def test_what_nothing_reads_is_named(settings: dict[str, Any], unread: list[str]) -> None:
-    assert unread_settings(ObjectiveConfig(**settings)) == [f"objective.{name}" for name in unread]
+    found = unread_settings(run_with(ObjectiveConfig(**settings)))
+    assert found == [f"objective.{name}" for name in unread]
+
+
+def test_what_no_choice_of_samples_reads_is_named() -> None:
+    rollout = RolloutConfig(d3s=D3SConfig(first_share=0.3), knapsack=KnapsackConfig(max_samples=64))
+    assert unread_settings(run_with(rollout=rollout)) == ["rollout.d3s", "rollout.knapsack"]
+    chosen = rollout.model_copy(update={"sample_filter": "d3s", "allocation": "knapsack"})
+    assert unread_settings(run_with(rollout=chosen)) == []
+
+
+def test_what_trains_alike_is_the_same() -> None:
+    plain = ObjectiveConfig(loss_mode="cispo")
+    more = ObjectiveConfig(loss_mode="cispo", clip_high=0.4, dcpo={"clip_low": 0.1})  # type: ignore[arg-type]
+    assert with_unread_at_defaults(more) == with_unread_at_defaults(plain) == plain
+    assert with_unread_at_defaults(read := ObjectiveConfig(clip_high=0.4)) == read
 
 
 CHOICES: list[dict[str, Any]] = [
@@ -128,11 +152,8 @@ CHOICES: list[dict[str, Any]] = [
 ]
 
 
-CHOSEN_FROM = {"loss_mode", "advantage_estimator", "mismatch_correction"}
-
-
-@pytest.mark.parametrize("field", sorted({*ObjectiveConfig.model_fields} - CHOSEN_FROM))
+@pytest.mark.parametrize("field", FIELDS)
 def test_every_field_is_read_under_some_choice(field: str) -> None:
     """Else a new one would be called without effect, whatever is chosen."""
     configs = [ObjectiveConfig().model_copy(update={field: 0.123, **choice}) for choice in CHOICES]
-    assert not all(f"objective.{field}" in unread_settings(cfg) for cfg in configs)
+    assert not all(f"objective.{field}" in unread_settings(run_with(cfg)) for cfg in configs)

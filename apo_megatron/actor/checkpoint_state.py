@@ -13,6 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from apo_megatron.config import RLConfig, SFTConfig
 from apo_megatron.config.flat import default_settings, flat
 from apo_megatron.errors import CheckpointError
+from apo_megatron.objectives.unread_settings import with_unread_at_defaults
 
 FORMAT_VERSION = 1
 
@@ -89,8 +90,9 @@ def as_json(value: Any) -> Any:
 def fixed_settings(cfg: RLConfig | SFTConfig, reference: str | None) -> dict[str, Any]:
     """{dotted name: value} of what cannot change when a run is resumed: model, objective, optimizer.
 
-    Learning rates can, so that a run that diverged may go on. So can the place of the initial weights where
-    a digest of the ``reference`` says that they are the same.
+    Settings that the chosen methods do not read can, and learning rates, so that a run that diverged may go
+    on. So can the place of the initial weights where a digest of the ``reference`` says that they are the
+    same.
     """
     sections: dict[str, BaseModel] = {"model": cfg.model, "optimizer": cfg.optimizer}
     settings: dict[str, Any] = {
@@ -98,7 +100,7 @@ def fixed_settings(cfg: RLConfig | SFTConfig, reference: str | None) -> dict[str
         "parallel.distributed_optimizer": cfg.parallel.distributed_optimizer
     }
     if isinstance(cfg, RLConfig):
-        sections["objective"] = cfg.objective
+        sections["objective"] = with_unread_at_defaults(cfg.objective)
         settings["rollout.temperature"] = cfg.rollout.temperature
     if cfg.optimizer.lr_decay_style != "constant":  # the length of the schedule
         settings["train.num_steps"] = cfg.train.num_steps

@@ -22,7 +22,7 @@ from apo_megatron.diagnosis.finding import Finding, Section
 from apo_megatron.diagnosis.plan_command import DEFAULT_DEVICE_GIB, default_world
 from apo_megatron.errors import ConfigError, DataError, RewardError
 from apo_megatron.models.hf_config import read_architecture
-from apo_megatron.objectives.unread_settings import unread_settings
+from apo_megatron.objectives.unread_settings import unread_note
 from apo_megatron.parallel.device_memory import gpu_memory_bytes
 from apo_megatron.planning.plan import Setting, make_plan
 from apo_megatron.training_data import load_training_data
@@ -32,7 +32,7 @@ _GIB = 2**30
 
 
 def findings_of(cfg: RLConfig, world_size: int) -> list[Finding]:
-    """Data, tokenizer and reward are read as the run would; nothing is built."""
+    """Settings without effect; data, tokenizer and reward, read as the run would; nothing is built."""
     settings = check_settings(cfg)
     if _is_to_be_fetched(cfg.model.hf_path):
         return [
@@ -48,12 +48,11 @@ def findings_of(cfg: RLConfig, world_size: int) -> list[Finding]:
 
 
 def check_settings(cfg: RLConfig) -> list[Finding]:
-    """A warning where settings of the objective change nothing."""
-    unread = unread_settings(cfg.objective)
-    if not unread:
+    """A warning where settings of methods change nothing."""
+    unread = unread_note(cfg)
+    if unread is None:
         return []
-    found = f"{', '.join(unread)}: set, but without effect on the methods chosen"
-    return [SECTION.warning("settings", found, "leave them out, or choose the method that reads them")]
+    return [SECTION.warning("settings", unread, "leave them out, or choose the method that reads them")]
 
 
 def _is_to_be_fetched(hf_path: str) -> bool:

@@ -1,7 +1,8 @@
 """What the policy loss of a token is multiplied by, given rho = pi_old / pi_rollout (docs/objective.md).
 
 A correction is a function of rho [T], the settings and, where it declares that need, the whole sequences; a
-new one is a function here, a line in the registry and a name in ``ObjectiveConfig.mismatch_correction``.
+new one is a function here, a line in the registry with the fields that it reads, and a name in
+``ObjectiveConfig.mismatch_correction``.
 
 The off-policy mask looks at something else, how far pi_theta has moved from pi_rollout since and in which
 direction, so it is no choice among them but a switch of its own that goes with any.

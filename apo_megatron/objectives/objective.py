@@ -58,10 +58,14 @@ class Objective:
         return "reference_log_probs" in self.needs
 
     @property
+    def loss_needs_support(self) -> bool:
+        """Whether the loss cannot be computed without the anchor support."""
+        return bool(self.needs & {"anchor", "reference_topk"})
+
+    @property
     def needs_support(self) -> bool:
         """Whether the reference pass has to keep the anchor support, for the loss or for its telemetry."""
-        is_needed = bool(self.needs & {"anchor", "reference_topk"})
-        return is_needed or (self.spec.uses_rollouts and self.cfg.support_telemetry)
+        return self.loss_needs_support or (self.spec.uses_rollouts and self.cfg.support_telemetry)
 
     @property
     def needs_support_log_probs(self) -> bool:

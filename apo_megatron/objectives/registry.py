@@ -38,7 +38,7 @@ class PolicyLossSpec:
     statistics: BatchStatistics | None = None  # of the whole mini-batch: costs a pass without gradients
     whole_groups: bool = False  # all trained samples of a prompt must lie in one mini-batch
     settings: str | None = None  # its section in ObjectiveConfig
-    reads: frozenset[str] = frozenset()  # fields that losses share
+    reads: frozenset[str] = frozenset()  # fields of ObjectiveConfig outside its section
 
 
 _DUAL = frozenset({"dual_clip"})
