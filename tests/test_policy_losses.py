@@ -28,6 +28,7 @@ from tests.plain_losses import PLAIN_LOSSES, plain_loss
 from tests.plain_sequence_losses import PLAIN_SEQUENCE_LOSSES
 from tests.plain_top_tokens import TOP_TOKEN_LOSSES
 
+METHODS_PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 NAMES = tuple(PLAIN_LOSSES)
 # Every bound is reached by the tokens below.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -258,7 +259,7 @@ def test_what_a_configuration_may_name_is_what_is_registered() -> None:
 
 
 def test_the_page_of_methods_has_a_row_for_each() -> None:
-    page = (Path(__file__).resolve().parent.parent / "docs" / "methods.md").read_text()
+    page = METHODS_PAGE.read_text()
     rows = {
         section.split("\n", 1)[0]: set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
         for section in page.split("\n## ")
@@ -266,6 +267,39 @@ def test_the_page_of_methods_has_a_row_for_each() -> None:
     on_rollouts = {name for name, spec in POLICY_LOSSES.items() if spec.uses_rollouts}
     assert rows["Policy losses"] == {"loss_mode", *on_rollouts}  # the first is the head of the table
     assert rows["Corrections"] == {"mismatch_correction", *MISMATCH_CORRECTIONS}
+
+
+NEEDS_IN_WORDS = {
+    "anchor": "reference Top-K where A < 0",
+    "policy_topk": "policy's Top-K",
+    "reference_topk": "reference Top-K",
+    "solve_rates": "solve rate of the prompt",
+    "target_advantages": "a second number a sample",
+    "whole_sequences": "whole answers",
+}
+
+
+def test_the_page_of_methods_says_what_each_needs() -> None:
+    table = METHODS_PAGE.read_text().partition("\n## Policy losses")[2].partition("\n## ")[0]
+    for row in re.findall(r"^\| `(?!loss_mode).* \|$", table, re.MULTILINE):
+        name, _paper, _loss, _defaults, needs, _certainty = re.split(r"(?<!\\)\|", row)[1:-1]
+        spec = POLICY_LOSSES[name.strip(" `")]
+        expected = [NEEDS_IN_WORDS[need] for need in sorted(spec.needs)]
+        expected += ["mini-batch"] * (spec.statistics is not None)
+        expected += ["whole groups in it"] * spec.whole_groups
+        assert needs.strip() == ", ".join(expected), name
+
+
+def test_who_reads_the_shared_clip_is_said() -> None:
+    text = re.search(r"of their covariance\. (.*?) read `dual_clip`\.", METHODS_PAGE.read_text(), re.DOTALL)
+    assert text is not None
+    of_all, of_one = text[1].split(" read `clip_low`, `clip_high` and `dual_clip`; ")
+    reads = {name: spec.reads for name, spec in POLICY_LOSSES.items()}
+    clip = {"clip_low", "clip_high", "dual_clip"}
+    assert set(re.findall(r"`(\w+)`", of_all)) == {name for name, found in reads.items() if found >= clip}
+    assert set(re.findall(r"`(\w+)`", of_one)) == {
+        name for name, found in reads.items() if found & clip == {"dual_clip"}
+    }
 
 
 def test_a_loss_is_read_at_a_glance() -> None:

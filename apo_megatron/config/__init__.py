@@ -1,4 +1,4 @@
-"""Typed configuration: ``schema.py`` says what there is, ``loader.py`` reads it."""
+"""Typed configuration: ``schema.py`` lists the sections, each in a file beside it; ``loader.py`` reads it."""
 
 from apo_megatron.config.data import DataConfig, SupervisedDataConfig
 from apo_megatron.config.evaluate import EvalConfig

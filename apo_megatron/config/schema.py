@@ -1,7 +1,7 @@
 """The configuration of a training run: its sections, and the rules that span them. Frozen: no run changes it.
 
 Defaults < YAML < ``section.field=value`` overrides (see ``loader.py``). Rules are the methods marked
-``@rule``. Each section is in a file of its own beside this one, typed and documented once;
+``@rule``. The sections are in the files beside this one, typed and documented once;
 docs/configuration.md is generated from them.
 """
 

@@ -34,6 +34,7 @@ STYLES = {
 LABEL_SIZE = 8.5
 # Of methods within so many median deviations of the median, this many need a panel of their own.
 LARGE_CROWD, FAR = 12, 5.0
+SMALLEST_MARGIN = 0.5  # per cent, where all end at the same Pass@n
 # Where a label may stand: so many pixels from its point, in so many directions.
 DISTANCES = (9, 16, 26, 40, 58, 80, 110, 150)
 NUM_DIRECTIONS = 24
@@ -109,7 +110,7 @@ def _enlarge(axis: Axes, whole: Axes, crowd: Sequence[Point]) -> None:
     """``axis`` shows the region of ``crowd`` alone, which ``whole`` frames."""
     limits = []
     for values in zip(*(point.mean for point in crowd), strict=True):
-        margin = 0.12 * (max(values) - min(values))
+        margin = max(0.12 * (max(values) - min(values)), SMALLEST_MARGIN)
         limits.append((min(values) - margin, max(values) + margin))
     (left, right), (bottom, top) = limits
     axis.set_xlim(left, right)
