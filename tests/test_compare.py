@@ -395,3 +395,18 @@ def test_labels_of_many_methods_do_not_overlap(compare: ModuleType, tmp_path: Pa
     for i, box in enumerate(boxes):
         for other in boxes[:i]:
             assert frontier._common_area(box, other) < 1.0
+
+
+def test_labels_stand_where_they_were_placed(
+    example_module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also where the lines to them reach beyond all points, which are at one place."""
+    frontier = example_module("frontier")
+    drawn: list[Any] = []
+    monkeypatch.setattr(frontier.plt, "close", drawn.append)
+    points = [frontier.Point(f"method {i}", frontier.BASELINE, [(20.0, 90.0)]) for i in range(30)]
+    boxes = frontier.frontier_picture(points, tmp_path / "frontier.png", 256)
+    (figure,) = drawn
+    found = [text.get_window_extent() for text in figure.axes[0].texts]
+    for box, extent in zip(boxes, found, strict=True):
+        assert (extent.x0, extent.y0) == pytest.approx((box.x0, box.y0), abs=0.5)

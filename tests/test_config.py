@@ -452,6 +452,8 @@ def test_every_rule_has_a_case_and_every_case_its_rule() -> None:
 def test_the_nearest_loss_is_named(file: Path) -> None:
     assert problem(file, ["objective.loss_mode=cipo"]).endswith("; did you mean cispo?")
     assert "did you mean" not in problem(file, ["objective.loss_mode=8"])
+    for written, meant in {"grpo": "vanilla", "PPO": "vanilla", "apo": "apo_ratio"}.items():
+        assert problem(file, [f"objective.loss_mode={written}"]).endswith(f"; did you mean {meant}?")
 
 
 def test_rules_of_a_section_are_reported_together(file: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from apo_megatron.config.rollout import RolloutConfig
 from apo_megatron.config.sampling import SampleFilterName
 from apo_megatron.objectives.sample_filters import SAMPLE_FILTERS, FilterInputs, d3s, most_varied
+from tests.certainty import assert_certainty_is_stated
 
 METHODS = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 
@@ -89,5 +90,4 @@ def test_what_a_configuration_may_name_is_what_is_registered_and_described() -> 
     rows = set(re.findall(r"^\| `sample_filter: (\w+)` \|", section, re.MULTILINE))
     assert rows == set(SAMPLE_FILTERS)
     for name in set(SAMPLE_FILTERS) - {"none"}:
-        text = SAMPLE_FILTERS[name].__doc__ or ""
-        assert "arXiv" in text and ("[code]" in text or ("[second-hand]" in text and "Experimental" in text))
+        assert_certainty_is_stated(name, SAMPLE_FILTERS[name])

@@ -94,7 +94,8 @@ def read_by_loss(name: str) -> set[str]:
 @pytest.mark.parametrize("name", sorted({*POLICY_LOSSES} - {"supervised"}))
 def test_a_loss_reads_what_it_declares_and_its_own_section(name: str) -> None:
     spec = POLICY_LOSSES[name]
-    assert read_by_loss(name) == spec.reads | {spec.settings} - {None}
+    declared = spec.reads | {spec.settings} - {None}
+    assert read_by_loss(name) == declared, "the registry declares settings=... and reads=..."
 
 
 @pytest.mark.parametrize("name", list(MISMATCH_CORRECTIONS))

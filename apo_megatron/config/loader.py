@@ -28,6 +28,8 @@ from apo_megatron.errors import ConfigError
 from apo_megatron.files import write_atomically
 
 Config = TypeVar("Config", bound=BaseModel)
+# Names that other frameworks and papers have for a choice, and whose spelling is nearer to another one.
+_KNOWN_AS = {"grpo": "vanilla", "ppo": "vanilla", "apo": "apo_ratio"}
 
 
 def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -114,7 +116,9 @@ def _explain(
         yield f"{place}: {'.'.join(key)}: missing, expected {describe_type(info)}{meaning}"
     else:
         found = describe_value(details["input"])
-        near = get_close_matches(str(details["input"]), choices_of(info), n=1)
+        choices = choices_of(info)
+        known_as = _KNOWN_AS.get(str(details["input"]).lower())
+        near = [known_as] if known_as in choices else get_close_matches(str(details["input"]), choices, n=1)
         advice = f"; did you mean {near[0]}?" if near else ""
         name = ".".join(map(str, details["loc"]))
         yield f"{place}: {name}: found {found}, expected {describe_type(info)}{advice}"

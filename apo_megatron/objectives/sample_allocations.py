@@ -1,7 +1,6 @@
 """How many samples each prompt of a round gets; ``rollout/sampler.py`` asks.
 
-A new rule is a function, a line in ``SAMPLE_ALLOCATIONS``, a name in ``config/sampling.py`` (with a section
-where it has settings), a row in docs/methods.md and its definition in tests/test_sample_allocations.py.
+A new one: docs/extending.md.
 """
 
 from __future__ import annotations

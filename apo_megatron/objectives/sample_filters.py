@@ -4,8 +4,7 @@ A filter looks at the step as a whole: all its samples that have an advantage, o
 out is in no sum and no denominator, as if it had not been drawn; its reward counted in the advantages of its
 group.
 
-A new one is a function, a line in ``SAMPLE_FILTERS``, a name in ``config/sampling.py`` (with a section where
-it has settings), a row in docs/methods.md and its definition in tests/test_sample_filters.py.
+A new one: docs/extending.md.
 """
 
 from __future__ import annotations

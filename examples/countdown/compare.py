@@ -63,7 +63,7 @@ QUICK_DATA = (
     *("--num-demonstrations", "25600", "--num-train", "256", "--num-heldout", "8"),
     *("--num-validation", "8", "--num-test", "8"),
 )
-# A base that solves a few per cent: groups are mixed, and runs learn.
+# A base that solves about one per cent: some groups are mixed, and runs learn.
 QUICK_BASE = ("train.num_steps=100", "optimizer.lr=4e-3", "optimizer.lr_warmup_steps=10")
 QUICK_MEASUREMENT = ("evaluation.num_samples=16", "evaluation.ks=[1, 16]")
 QUICK_RUN = (

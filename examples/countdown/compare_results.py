@@ -244,8 +244,10 @@ def caption(results: Mapping[str, Any]) -> str:
         if trial["failed"]
     ]
     failed += [f"Trials that failed: {', '.join(trials)}."] if trials else []
+    quick = ["**Two steps a run (--quick): the numbers mean nothing.**"] if settings["quick"] else []
     return " ".join(
         [
+            *quick,
             f"Pass@K in per cent on {settings['num_problems']} test problems, {settings['num_samples']} "
             "samples each;",
             of_seeds,

@@ -80,6 +80,8 @@ def frontier_picture(points: Sequence[Point], path: Path, num_samples: int) -> l
             _enlarge(axes[1], axes[0], crowd)
         figure.canvas.draw()  # settles the layout
         figure.set_layout_engine("none")
+        for axis in axes:
+            axis.set_autoscale_on(False)  # the lines to labels must not move the points
         boxes = [
             box
             for axis, labelled in zip(axes, (others, crowd), strict=False)

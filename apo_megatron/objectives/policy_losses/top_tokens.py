@@ -55,6 +55,7 @@ def topk_forward_kl(inputs: LossInputs, cfg: ObjectiveConfig) -> LossOutputs:
     has, so it can be negative, and its gradient -sum_k p_ref(k) d log p_theta(k) is that of the whole KL
     without the tail. With ``solve_rate_weighting`` the weight is multiplied by (1 - s)^2, s the share of
     right answers to the prompt. Weight 0 is ``vanilla``, to the bit. A mismatch correction weighs the sum.
+    [ours]
     """
     reference, current = inputs.reference_topk_log_probs, inputs.log_probs_at_reference_topk
     assert reference is not None and current is not None and inputs.solve_rates is not None
