@@ -301,6 +301,13 @@ def test_the_page_of_methods_says_what_each_needs() -> None:
         assert needs.strip() == ", ".join(expected), name
 
 
+def test_every_loss_is_updated_with_on_several_layouts() -> None:
+    texts = [path.read_text() for path in Path(__file__).parent.glob("test_*.py") if path != Path(__file__)]
+    on_layouts = "".join(text for text in texts if " check_updates(" in text)
+    missing = [n for n, spec in POLICY_LOSSES.items() if spec.uses_rollouts and f'"{n}"' not in on_layouts]
+    assert not missing, "METHODS of tests/test_layout_invariance.py takes a loss that needs nothing more"
+
+
 def test_who_reads_the_shared_clip_is_said() -> None:
     text = re.search(r"of their covariance\. (.*?) read `dual_clip`\.", METHODS_PAGE.read_text(), re.DOTALL)
     assert text is not None
