@@ -196,7 +196,6 @@ def test_what_is_measured_is_the_ratio_of_the_masses() -> None:
         ({"apo_pull_coeff": 0.3, "final_pull_coeff": 0.1, "schedule_steps": 3}, True),  # the start
         ({"target_anchor_ratio": 1.0, "max_pull_coeff": 0.26}, True),
         ({"target_anchor_ratio": 1.0, "max_pull_coeff": 0.24}, False),
-        ({"max_pull_coeff": 0.26}, False),  # nothing adapts
         # Each is inside where it starts; the pull may reach its bound when the push has reached its end.
         ({"target_anchor_ratio": 1.0, "final_push_coeff": 0.95, "schedule_steps": 3}, True),
     ],
@@ -213,7 +212,7 @@ def test_no_coefficients_on_the_way_clip_every_wrong_token(
 
 @pytest.mark.parametrize(
     "variant",
-    [{"detach_pull": True}, {"support_mass": 0.9}, {"reference_decay": 0.9}, {"max_pull_coeff": 1.0}],
+    [{"detach_pull": True}, {"support_mass": 0.9}, {"reference_decay": 0.9}, {"target_anchor_ratio": 1.0}],
 )
 def test_other_losses_have_no_variants(variant: dict[str, Any]) -> None:
     config(**variant)

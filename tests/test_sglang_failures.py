@@ -42,7 +42,7 @@ def test_servers_that_die_and_hang_cost_no_sample(base: CountdownBase) -> None:
         },
         checkpoint={"export_hf": False},
     )
-    result = run_distributed(2, WORKER, {"config": config, "faults": faults}, timeout=1200)[0]
+    result = run_distributed(2, WORKER, {"config": config, "faults": faults}, timeout=1800)[0]
     assert len(result["faults"]) == len(faults)
     assert_trained_as_asked(result, 7)
     assert_agreement(metrics_of(base, "faults"), BF16_GAP)
