@@ -41,7 +41,7 @@ test: both browser slurm ## Linters and all tests (those that need a GPU are ski
 coverage: $(INSTALLED) ## How much of the pure modules their tests run (at least 95 %)
 	$(BIN)/python -m tests.pure_coverage
 
-test-slow: both slurm ## The tests that `make test` leaves out (Slurm, servers lost under Ray, coverage)
+test-slow: both slurm ## The tests that `make test` leaves out (Slurm, servers that are lost, coverage)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-slurm: both slurm ## All tests of examples/slurm on a real Slurm, those too slow for `make test` too
