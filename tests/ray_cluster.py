@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import yaml
 from ray.cluster_utils import Cluster
 
 from tests.countdown_base import CountdownBase
+from tests.run_metrics import repeatable_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK, SERVER = "apo_megatron.launch.rank_main", "sglang.launch_server"
@@ -26,7 +26,7 @@ NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 NUM_STEPS = 12
 PATIENCE = 600.0  # seconds, on a very busy machine
 ENDS_WITHIN = 60.0  # seconds from a failure until every process of the run is gone
-TIMED = re.compile(r"^(time|memory)/|seconds$|_gap(_max)?$")
+MEASURED = re.compile(r"seconds$|_gap(_max)?$")  # times, and what rounding is all of
 
 
 class Nodes:
@@ -127,6 +127,7 @@ def ray_config(base: CountdownBase, run: str, **sections: Any) -> dict[str, Any]
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
-    """Of each step, without times and what rounding is all of."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: row[name] for name in row if not TIMED.search(name)} for row in rows]
+    """Of each step, without what no two runs have in common."""
+    return [
+        {name: row[name] for name in row if not MEASURED.search(name)} for row in repeatable_metrics(folder)
+    ]

@@ -290,15 +290,17 @@ NEEDS_IN_WORDS = {
 }
 
 
-def test_the_page_of_methods_says_what_each_needs() -> None:
+def test_the_page_of_methods_says_what_each_needs_and_where_it_comes_from() -> None:
     table = METHODS_PAGE.read_text().partition("\n## Policy losses")[2].partition("\n## ")[0]
     for row in re.findall(r"^\| `(?!loss_mode).* \|$", table, re.MULTILINE):
-        name, _paper, _loss, _defaults, needs, _certainty = re.split(r"(?<!\\)\|", row)[1:-1]
+        name, _paper, _loss, _defaults, needs, certainty = re.split(r"(?<!\\)\|", row)[1:-1]
         spec = POLICY_LOSSES[name.strip(" `")]
         expected = [NEEDS_IN_WORDS[need] for need in sorted(spec.needs)]
         expected += ["mini-batch"] * (spec.statistics is not None)
         expected += ["whole groups in it"] * spec.whole_groups
         assert needs.strip() == ", ".join(expected), name
+        source = f"[{certainty.strip().partition(',')[0]}]"
+        assert name.strip(" `") == "apo_ratio" or source in (spec.function.__doc__ or ""), name
 
 
 def test_every_loss_is_updated_with_on_several_layouts() -> None:
