@@ -1,4 +1,4 @@
-"""Every rule of the configuration, broken: for tests/test_config.py."""
+"""Every rule of the configuration, broken: for tests/test_config_rules.py."""
 
 from __future__ import annotations
 
